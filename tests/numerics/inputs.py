@@ -1,0 +1,271 @@
+"""Inputs for every semantic op: odd shapes and every option, one generator an op.
+
+``CASES[op](dtype)`` yields ``(name, arguments)``; the arguments are by name, as the op's schema has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+Case = tuple[str, dict[str, Any]]
+Generator = Callable[[torch.dtype], Iterator[Case]]
+
+CASES: dict[str, Generator] = {}
+
+
+def generator(op_name: str) -> Callable[[Generator], Generator]:
+    """Register the generator of an op."""
+
+    def register(function: Generator) -> Generator:
+        CASES[op_name] = function
+        return function
+
+    return register
+
+
+def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Normal numbers, rounded to ``dtype``."""
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+@generator("rms_norm")
+def rms_norm(dtype: torch.dtype) -> Iterator[Case]:
+    for shape in ((1, 1, 64), (2, 3, 33), (7, 576)):
+        for offset, in_float in ((0.0, False), (1.0, True)):
+            x, weight = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
+            yield (
+                f"{shape}-{offset}",
+                dict(x=x, weight=weight, eps=1e-5, offset=offset, weight_in_float=in_float),
+            )
+
+
+@generator("layer_norm")
+def layer_norm(dtype: torch.dtype) -> Iterator[Case]:
+    for affine in (True, False):
+        weight, bias = (randn(33, dtype=dtype), randn(33, dtype=dtype)) if affine else (None, None)
+        yield f"affine={affine}", dict(x=randn(2, 3, 33, dtype=dtype), weight=weight, bias=bias, eps=1e-5)
+
+
+@generator("rotary")
+def rotary(dtype: torch.dtype) -> Iterator[Case]:
+    for layout in ("half", "interleaved", "interleaved_to_half"):
+        for width in (16, 32):
+            angle = torch.randn(1, 1, 5, width)
+            yield (
+                f"{layout}-{width}",
+                dict(
+                    x=randn(2, 3, 5, 32, dtype=dtype),
+                    cos=angle.cos().to(dtype),
+                    sin=angle.sin().to(dtype),
+                    layout=layout,
+                ),
+            )
+
+
+LINEAR_SHAPES = (
+    # rows, K, N: one row, odd sizes, less than a tile, tiles with a rest, SmolLM2's, more than a step
+    (1, 576, 192),
+    (1, 7, 3),
+    (3, 64, 70),
+    (5, 33, 31),
+    (8, 1536, 576),
+    (17, 90, 100),
+    (33, 66, 32),
+    (64, 576, 49),
+    (70, 96, 65),
+)
+
+
+@generator("linear")
+def linear(dtype: torch.dtype) -> Iterator[Case]:
+    for rows, k, n in LINEAR_SHAPES:
+        weight = randn(n, k, dtype=dtype, scale=k**-0.5)
+        for bias in (None, randn(n, dtype=dtype)):
+            yield (
+                f"{rows}x{k}x{n}-{bias is not None}",
+                dict(x=randn(rows, k, dtype=dtype), weight=weight, bias=bias),
+            )
+    wide = randn(40, 128, dtype=dtype, scale=0.1)
+    yield "row-stride", dict(x=randn(2, 3, 64, dtype=dtype), weight=wide[:, 32:96], bias=None)
+    turned = randn(64, 3, 2, dtype=dtype).permute(2, 1, 0)
+    yield "strided-input", dict(x=turned, weight=wide[:, :64], bias=None)
+    yield "no-rows", dict(x=randn(0, 64, dtype=dtype), weight=wide[:, :64].contiguous(), bias=None)
+
+
+@generator("linear_group")
+def linear_group(dtype: torch.dtype) -> Iterator[Case]:
+    for rows, k, sizes in (
+        (1, 576, (576, 192, 192)),
+        (8, 64, (33, 64)),
+        (3, 35, (5, 1, 40)),
+        (64, 32, (32, 48)),
+    ):
+        weights = [randn(n, k, dtype=dtype, scale=k**-0.5) for n in sizes]
+        biases = [None if i % 2 else randn(n, dtype=dtype) for i, n in enumerate(sizes)]
+        yield f"{rows}x{k}x{sizes}", dict(x=randn(1, rows, k, dtype=dtype), weights=weights, biases=biases)
+
+
+@generator("gated_mlp")
+def gated_mlp(dtype: torch.dtype) -> Iterator[Case]:
+    for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+        gate, up, down = (randn(*s, dtype=dtype, scale=0.1) for s in ((48, 33), (48, 33), (33, 48)))
+        bias = randn(48, dtype=dtype) if activation == "silu" else None
+        yield (
+            activation,
+            dict(
+                x=randn(2, 3, 33, dtype=dtype),
+                gate=gate,
+                up=up,
+                down=down,
+                gate_bias=bias,
+                activation=activation,
+            ),
+        )
+
+
+@generator("mlp")
+def mlp(dtype: torch.dtype) -> Iterator[Case]:
+    up, down = randn(48, 33, dtype=dtype, scale=0.1), randn(33, 48, dtype=dtype, scale=0.1)
+    for bias in (None, randn(48, dtype=dtype)):
+        yield f"bias={bias is not None}", dict(x=randn(2, 3, 33, dtype=dtype), up=up, down=down, up_bias=bias)
+
+
+@generator("routed_linear")
+def routed_linear(dtype: torch.dtype) -> Iterator[Case]:
+    index = torch.randint(0, 4, (5, 2))
+    for transposed in (False, True):
+        weight = randn(4, *((33, 20) if transposed else (20, 33)), dtype=dtype, scale=0.1)
+        for choices in (1, 2):
+            yield (
+                f"{transposed}-{choices}",
+                dict(x=randn(5, choices, 33, dtype=dtype), index=index, weight=weight, transposed=transposed),
+            )
+
+
+@generator("attention")
+def attention(dtype: torch.dtype) -> Iterator[Case]:
+    for name, options in (("plain", {}), ("window", {"window": 4}), ("softcap", {"softcap": 5.0})):
+        q, k, v = (randn(2, h, 9, d, dtype=dtype) for h, d in ((6, 16), (2, 16), (2, 24)))
+        yield name, dict(q=q, k=k, v=v, scale=0.25, **options)
+    yield "sinks", dict(q=q, k=k, v=v, scale=0.25, sinks=randn(6, dtype=dtype))
+
+
+@generator("cache_append")
+def cache_append(dtype: torch.dtype) -> Iterator[Case]:
+    for tokens, slots, lengths, counts in (
+        (1, 8, [3, 0], [1, 1]),
+        (5, 8, [6, 21], [5, 2]),
+        (7, 40, [0, 9], [0, 7]),
+    ):
+        new = randn(2, tokens, 3, 10, dtype=dtype).transpose(1, 2)
+        yield (
+            f"{tokens}-{slots}",
+            dict(
+                store=randn(2, 3, slots, 10, dtype=dtype),
+                new=new,
+                lengths=torch.tensor(lengths),
+                counts=torch.tensor(counts),
+            ),
+        )
+
+
+def binary_tree(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bit masks ``[B, T]`` and depths ``[T]`` of a complete binary tree in breadth-first order."""
+    masks, depths = [1], [0]
+    for t in range(1, tokens):
+        parent = (t - 1) // 2
+        masks.append(masks[parent] | 1 << t)
+        depths.append(depths[parent] + 1)
+    return torch.tensor([masks[:tokens]] * batch), torch.tensor(depths[:tokens])
+
+
+def step(
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    lengths: list[int],
+    counts: list[int] | None = None,
+    heads: tuple[int, int] = (6, 2),
+    dims: tuple[int, int] = (64, 64),
+    slots: int = 300,
+    tree: bool = False,
+    sinks: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Arguments of ``append_attention``; slots that hold no token are NaN: nobody may read them."""
+    batch, (h, g), (d, e) = len(lengths), heads, dims
+    keys, values = torch.full((batch, g, slots, d), torch.nan), torch.full((batch, g, slots, e), torch.nan)
+    for row, length in enumerate(lengths):
+        held = torch.arange(max(0, length - slots), length) % slots
+        keys[row, :, held], values[row, :, held] = torch.randn(g, len(held), d), torch.randn(g, len(held), e)
+    at = torch.tensor(lengths)
+    depth = torch.arange(tokens)
+    masks = torch.zeros(batch, 0, dtype=torch.int64)
+    if tree:
+        masks, depth = binary_tree(batch, tokens)
+    return dict(
+        q=randn(batch, tokens, h, d, dtype=dtype).transpose(1, 2),
+        k=randn(batch, tokens, g, d, dtype=dtype).transpose(1, 2),
+        v=randn(batch, tokens, g, e, dtype=dtype).transpose(1, 2),
+        keys=keys.to(dtype),
+        values=values.to(dtype),
+        positions=at[:, None] + depth,
+        lengths=at,
+        counts=torch.tensor(counts or [tokens] * batch),
+        tree=masks,
+        scale=d**-0.5,
+        sinks=randn(h, dtype=dtype) if sinks else None,
+        **options,
+    )
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "one-token": dict(tokens=1, lengths=[200]),
+    "empty-cache": dict(tokens=3, lengths=[0, 5]),
+    "chunk-borders": dict(tokens=2, lengths=[126, 127, 255]),
+    "smollm2": dict(tokens=8, lengths=[150, 20], counts=[8, 3], heads=(9, 3)),
+    "padding-row": dict(tokens=4, lengths=[10, 30], counts=[4, 1]),
+    "odd-dims": dict(tokens=5, lengths=[40], dims=(7, 5)),
+    "unequal-dims": dict(tokens=5, lengths=[140], dims=(48, 20), heads=(4, 1)),
+    "wide": dict(tokens=3, lengths=[20], dims=(96, 136), heads=(2, 2)),
+    "tree": dict(tokens=15, lengths=[120, 0], tree=True),
+    "tree-63": dict(tokens=63, lengths=[100], tree=True, heads=(2, 1), dims=(16, 16)),
+    "tree-sinks-window": dict(tokens=7, lengths=[100], tree=True, sinks=True, window=12),
+    "softcap": dict(tokens=4, lengths=[60], softcap=3.0),
+    "sinks": dict(tokens=4, lengths=[60, 0], counts=[4, 2], sinks=True),
+    "ring": dict(tokens=6, lengths=[100, 37], slots=40, window=30),
+    "ring-long": dict(tokens=3, lengths=[1000], slots=200, window=190),
+    "window": dict(tokens=9, lengths=[250], window=17),
+    "many-heads": dict(tokens=8, lengths=[20], heads=(20, 1), dims=(16, 16)),
+    "prefill": dict(tokens=100, lengths=[30, 0], counts=[100, 77], heads=(4, 2)),
+    "prefill-ring": dict(tokens=70, lengths=[170], slots=120, window=50, heads=(2, 1)),
+}
+
+
+@generator("append_attention")
+def append_attention(dtype: torch.dtype) -> Iterator[Case]:
+    for name, options in STEPS.items():
+        yield name, step(dtype, **options)
+
+
+def after_append(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``cache_attention`` for a step whose tokens are in the cache."""
+    rest = dict(arguments)
+    for store, new in (("keys", "k"), ("values", "v")):
+        rest[store] = rest[store].clone()
+        torch.ops.graphwright.cache_append(rest[store], rest.pop(new), rest["lengths"], rest["counts"])
+    return rest
+
+
+@generator("cache_attention")
+def cache_attention(dtype: torch.dtype) -> Iterator[Case]:
+    for name, options in STEPS.items():
+        yield name, after_append(step(dtype, **options))
+
+
+@generator("slot_positions")
+def slot_positions(dtype: torch.dtype) -> Iterator[Case]:
+    yield "ring", dict(lengths=torch.tensor([0, 3, 30]), counts=torch.tensor([0, 2, 5]), slots=8)

@@ -1,0 +1,179 @@
+"""A row has the same bits alone and in company: whatever the rows, the tokens, the batch and the threads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphwright.kernels import registry
+from tests.numerics import inputs
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Leaves the number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def cpp(op_name: str, **arguments: Any) -> Any:
+    """The C++ kernel's result; fails where another would run."""
+    kernel = registry.select(op_name, "cpu", **arguments)
+    assert kernel.provider == "cpp", kernel.reason
+    return kernel.op(**arguments)
+
+
+def one_token(arguments: dict[str, Any], t: int) -> dict[str, Any]:
+    """The step that decodes token t of a chain after the others before it."""
+    own = copy.deepcopy(arguments)
+    for store, new in (("keys", "k"), ("values", "v")):
+        torch.ops.graphwright.cache_append(
+            own[store], own[new], own["lengths"], torch.full_like(own["counts"], t)
+        )
+        own[new] = own[new][:, :, t : t + 1]
+    own["q"], own["positions"] = own["q"][:, :, t : t + 1], own["positions"][:, t : t + 1]
+    own["lengths"] = own["lengths"] + t
+    own["counts"] = torch.ones_like(own["counts"])
+    return own
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("k", "n"), [(576, 192), (1536, 576), (35, 40), (90, 33), (64, 7)])
+def test_linear_row_alone_and_among_others(dtype: torch.dtype, k: int, n: int) -> None:
+    x, weight = inputs.randn(64, k, dtype=dtype), inputs.randn(n, k, dtype=dtype, scale=k**-0.5)
+    bias = inputs.randn(n, dtype=dtype)
+    alone = torch.cat([cpp("linear", x=x[i : i + 1], weight=weight, bias=bias) for i in range(64)])
+    for rows in (2, 3, 8, 33, 64):
+        assert torch.equal(cpp("linear", x=x[:rows], weight=weight, bias=bias), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_group_equals_single_linears(dtype: torch.dtype) -> None:
+    x = inputs.randn(5, 64, dtype=dtype)
+    weights = [inputs.randn(n, 64, dtype=dtype) for n in (64, 33, 48)]
+    for mine, w in zip(cpp("linear_group", x=x, weights=weights, biases=[None] * 3), weights, strict=True):
+        assert torch.equal(mine, cpp("linear", x=x, weight=w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [
+    dict(lengths=[250, 3], heads=(9, 3), slots=400),
+    dict(lengths=[125], slots=160, window=140),
+    dict(lengths=[1000], slots=160, window=140),
+    dict(lengths=[40], softcap=4.0, sinks=True, dims=(20, 36)),
+    dict(lengths=[40], dims=(7, 5)),
+], ids=str)  # fmt: skip
+def test_token_alone_and_in_a_step(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    arguments = inputs.step(dtype, tokens=8, **options)
+    together = cpp("append_attention", **copy.deepcopy(arguments))
+    for t in range(8):
+        assert torch.equal(cpp("append_attention", **one_token(arguments, t))[:, 0], together[:, t]), t
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_alone_and_in_a_prefill_chunk(dtype: torch.dtype) -> None:
+    arguments = inputs.step(dtype, tokens=150, lengths=[120], heads=(4, 2), slots=280)
+    together = cpp("append_attention", **copy.deepcopy(arguments))
+    for t in (0, 7, 8, 64, 149):
+        assert torch.equal(cpp("append_attention", **one_token(arguments, t))[:, 0], together[:, t]), t
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sequence_alone_and_in_a_batch(dtype: torch.dtype) -> None:
+    arguments = inputs.step(dtype, tokens=4, lengths=[200, 0, 129, 60, 250, 7], counts=[4, 1, 2, 3, 4, 4])
+    together = cpp("append_attention", **copy.deepcopy(arguments))
+    for row in range(6):
+        alone = {
+            name: x[row : row + 1] if isinstance(x, torch.Tensor) and name != "sinks" else x
+            for name, x in copy.deepcopy(arguments).items()
+        }
+        assert torch.equal(cpp("append_attention", **alone)[0], together[row]), row
+
+
+def test_path_of_a_tree_and_a_chain() -> None:
+    arguments = inputs.step(torch.bfloat16, tokens=7, lengths=[125], tree=True)
+    out = cpp("append_attention", **copy.deepcopy(arguments))
+    path = [0, 2, 5]  # a leaf's ancestors in breadth-first order
+    own = copy.deepcopy(arguments)
+    for name in ("q", "k", "v"):
+        own[name] = own[name][:, :, path]
+    own.update(
+        positions=own["positions"][:, path],
+        counts=torch.tensor([3]),
+        tree=torch.zeros(1, 0, dtype=torch.int64),
+    )
+    # The leaf's keys lie in other slots than in the tree, so only the sums' order differs.
+    torch.testing.assert_close(cpp("append_attention", **own)[0, 2], out[0, 5], atol=2e-2, rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_thread_and_two(dtype: torch.dtype, threads: None) -> None:
+    x, weight = inputs.randn(8, 576, dtype=dtype), inputs.randn(1000, 576, dtype=dtype)
+    many = inputs.randn(100, 576, dtype=dtype)
+    step = inputs.step(dtype, tokens=3, lengths=[290], heads=(9, 3))
+    batch = inputs.step(dtype, tokens=3, lengths=[290, 17, 5, 100, 200], heads=(9, 3))
+    seen = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results = [cpp("append_attention", **copy.deepcopy(s)) for s in (step, batch)]
+        seen.append([cpp("linear", x=x, weight=weight), *results])
+        assert cpp("linear", x=many, weight=weight).shape == (100, 1000)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_attention_over_random_shapes(data: st.DataObject) -> None:
+    draw = data.draw
+    dtype = draw(st.sampled_from(DTYPES))
+    tokens, groups, shared = draw(st.integers(1, 12)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    window = draw(st.sampled_from([0, 0, 5, 60]))
+    lengths = draw(st.lists(st.integers(0, 300), min_size=1, max_size=3))
+    slots = window + tokens + draw(st.integers(0, 9)) if window else max(lengths) + tokens
+    tree = draw(st.booleans())
+    arguments = inputs.step(
+        dtype,
+        tokens=tokens,
+        lengths=lengths,
+        counts=[draw(st.integers(0, tokens)) for _ in lengths],
+        heads=(groups * shared, groups),
+        dims=(draw(st.integers(1, 70)), draw(st.integers(1, 70))),
+        slots=slots,
+        tree=tree,
+        sinks=draw(st.booleans()),
+        window=window,
+        softcap=draw(st.sampled_from([0.0, 5.0])),
+    )
+    wide = {
+        name: x.double().nan_to_num() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in copy.deepcopy(arguments).items()
+    }
+    mine = cpp("append_attention", **arguments).double()
+    tolerance = (2e-5, 1e-5) if dtype == torch.float32 else (2e-2, 2**-7)
+    torch.testing.assert_close(
+        mine, torch.ops.graphwright.append_attention(**wide), atol=tolerance[0], rtol=tolerance[1]
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 140), st.integers(1, 100), st.sampled_from(DTYPES), st.booleans())
+def test_linear_over_random_shapes(rows: int, k: int, n: int, dtype: torch.dtype, biased: bool) -> None:
+    x, weight = inputs.randn(rows, k, dtype=dtype), inputs.randn(n, k, dtype=dtype, scale=k**-0.5)
+    bias = inputs.randn(n, dtype=dtype) if biased else None
+    expected = torch.nn.functional.linear(
+        x.double(), weight.double(), None if bias is None else bias.double()
+    )
+    tolerance = (2e-5, 1e-5) if dtype == torch.float32 else (2e-2, 2**-7)
+    torch.testing.assert_close(
+        cpp("linear", x=x, weight=weight, bias=bias).double(), expected, atol=tolerance[0], rtol=tolerance[1]
+    )
