@@ -1,0 +1,178 @@
+"""The decode loop, for plain and speculative generation alike.
+
+A cycle feeds each unfinished row its newest token, which is not in the cache yet, followed by the row's
+draft; the verifier keeps a path of the draft and adds one token; the state commits the path and forgets
+the rest. Plain decoding is the case of empty drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphwright.ir.errors import InputError
+from graphwright.runtime.decoding.inputs import right_padded
+from graphwright.runtime.decoding.processing import RaggedProcessors
+from graphwright.runtime.decoding.protocol import DecodingProgram
+from graphwright.runtime.decoding.request import Request
+from graphwright.runtime.decoding.transcript import Transcript
+from graphwright.runtime.speculation import Speculation
+from graphwright.runtime.speculation.drafter import NO_DRAFT, Draft
+from graphwright.runtime.speculation.stats import GenerationStats
+from graphwright.runtime.speculation.tree import MAX_TREE_TOKENS, StepTokens, pack
+from graphwright.runtime.speculation.verifier import GreedyVerifier, SamplingVerifier, Verdict, Verifier
+
+
+def why_not_speculate(request: Request, speculation: Speculation | None) -> str | None:
+    """Why this request cannot be speculated exactly, or None if it can (or nobody asked)."""
+    names = request.stateful_processors
+    if speculation is None or request.batch == 1 or not names:
+        return None
+    return (
+        f"{', '.join(names)} may keep state from call to call, and rows of a batch would be processed at "
+        "different lengths; set `stateless = True` on the processor if it keeps none"
+    )
+
+
+class DecodeLoop:
+    """Runs one request on one program.
+
+    Args:
+        program: the compiled decoder.
+        request: what to generate.
+        speculation: drafter and length rule, or None.
+    """
+
+    def __init__(
+        self,
+        program: DecodingProgram,
+        request: Request,
+        speculation: Speculation | None = None,
+    ) -> None:
+        self.program, self.request = program, request
+        self.stats = GenerationStats(calls=1, prompt_tokens=sum(len(prompt) for prompt in request.prompts))
+        self.stats.speculation_off = why_not_speculate(request, speculation)
+        self.speculation = None if self.stats.speculation_off else speculation
+        self.transcript = Transcript(request)
+        longest = max(len(prompt) for prompt in request.prompts)
+        self._capacity = longest + request.max_new_tokens
+        self._committed = [len(prompt) for prompt in request.prompts]
+        self._plain: tuple[list[int], torch.Tensor] | None = None
+        self._verifier = self._make_verifier()
+
+    def _make_verifier(self) -> Verifier:
+        request = self.request
+        process = RaggedProcessors(self.transcript) if request.processors else None
+        kind = SamplingVerifier if request.sample else GreedyVerifier
+        return kind(process, request.eos, keep_scores=request.keep_scores, keep_logits=request.keep_logits)
+
+    def run(self) -> Transcript:
+        """Generate until every row has ended."""
+        program, request, transcript = self.program, self.request, self.transcript
+        state = program.allocate(request.batch, self._capacity)
+        if self.speculation is not None:
+            self.speculation.drafter.begin(request.prompts, program)
+            self.speculation.rule.begin(request.batch)
+        logits = program.prefill(state, *right_padded(request.prompts, program.device))[:, None]
+        drafts: list[Draft] = [NO_DRAFT] * request.batch
+        rows = list(range(request.batch))
+        step: StepTokens | None = None
+        while True:
+            verdicts = self._verifier.verify(logits, drafts, rows)
+            transcript.append(rows, verdicts)
+            if step is not None:
+                self._count(rows, drafts, verdicts)
+            going_on = transcript.active()
+            if not going_on:
+                break
+            if step is not None:
+                self._commit(state, step, rows, verdicts)
+            if self.speculation is not None:
+                self._observe(logits, rows, verdicts)
+                drafts = self._propose(going_on)
+            rows = going_on
+            step = self._step_tokens(rows, drafts)
+            logits = program.step(state, step.tokens, step.counts, depth=step.depth, tree=step.tree)
+        self.stats.tokens = sum(len(row) for row in transcript.tokens)
+        return transcript
+
+    def _step_tokens(self, rows: list[int], drafts: Sequence[Draft]) -> StepTokens:
+        newest = self.transcript.tokens
+        if any(draft.tokens for draft in drafts):
+            roots: list[int | None] = [None] * self.request.batch
+            for row in rows:
+                roots[row] = newest[row][-1]
+            return pack(roots, drafts, self.program.device)
+        if self._plain is None or self._plain[0] != rows:
+            counts = torch.zeros(self.request.batch, dtype=torch.int64, device=self.program.device)
+            counts[rows] = 1
+            self._plain = (rows, counts)
+        tokens = torch.tensor([[row[-1]] for row in newest], dtype=torch.int64, device=self.program.device)
+        return StepTokens(tokens, self._plain[1], None, None)
+
+    def _commit(self, state: Any, step: StepTokens, rows: list[int], verdicts: Sequence[Verdict]) -> None:
+        for row, verdict in zip(rows, verdicts, strict=True):
+            self._committed[row] += 1 + len(verdict.path)
+        if step.tokens.shape[1] == 1:
+            state.commit(step.counts)
+            return
+        kept = [0] * self.request.batch
+        for row, verdict in zip(rows, verdicts, strict=True):
+            kept[row] = 1 + len(verdict.path)
+        accepted = torch.tensor(kept, dtype=torch.int64, device=self.program.device)
+        if step.tree is None:
+            state.commit(accepted)
+            return
+        width = max(kept)
+        paths = [[0] * width for _ in kept]
+        for row, verdict in zip(rows, verdicts, strict=True):
+            paths[row][1 : kept[row]] = [node + 1 for node in verdict.path]
+        state.commit_path(torch.tensor(paths, dtype=torch.int64, device=self.program.device), accepted)
+
+    def _observe(self, logits: torch.Tensor, rows: list[int], verdicts: Sequence[Verdict]) -> None:
+        assert self.speculation is not None
+        drafter = self.speculation.drafter
+        for row, verdict in zip(rows, verdicts, strict=True):
+            seen = None
+            if drafter.wants_logits:
+                nodes = [0, *(node + 1 for node in verdict.path)][: len(verdict.tokens)]
+                seen = logits[row, nodes]
+            drafter.observe(row, verdict.tokens, logits=seen)
+
+    def _propose(self, rows: list[int]) -> list[Draft]:
+        """One draft a row, each within what may still be generated and what still fits the cache."""
+        assert self.speculation is not None
+        drafter, rule, transcript = self.speculation.drafter, self.speculation.rule, self.transcript
+        most = min(self.program.max_step_tokens, MAX_TREE_TOKENS) - 1
+        drafting, budget = [], []
+        for row in rows:
+            room = min(transcript.remaining(row), self._capacity - self._committed[row]) - 1
+            limit = min(rule.budget(row), room, most)
+            if limit > 0:
+                drafting.append(row)
+                budget.append(limit)
+        drafts: list[Draft] = [NO_DRAFT] * self.request.batch
+        proposed = drafter.propose(drafting, budget) if drafting else []
+        for row, limit, draft in zip(drafting, budget, proposed, strict=True):
+            if len(draft.tokens) > limit:
+                raise InputError(
+                    f"drafter {drafter} proposed {len(draft.tokens)} tokens, its budget was {limit}",
+                    where=f"row {row}",
+                    hint="propose() must respect its budget",
+                )
+            drafts[row] = draft
+        return drafts
+
+    def _count(self, rows: list[int], drafts: Sequence[Draft], verdicts: Sequence[Verdict]) -> None:
+        self.stats.cycles += 1
+        self.stats.row_steps += len(rows)
+        if self.speculation is None:
+            return
+        mine = self.stats.drafter(self.speculation.drafter.name)
+        for row, verdict in zip(rows, verdicts, strict=True):
+            proposed = len(drafts[row].tokens)
+            if proposed:
+                mine.record(proposed, len(verdict.path))
+                self.speculation.rule.update(row, proposed, len(verdict.path))

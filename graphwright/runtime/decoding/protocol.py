@@ -1,0 +1,59 @@
+"""What the decode loop asks of a compiled program and of its per-call state."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+
+
+class DecodingState(Protocol):
+    """One call's cache: every row has its own number of committed tokens."""
+
+    lengths: torch.Tensor
+    batch: int
+    capacity: int
+
+    def commit(self, accepted: torch.Tensor) -> None:
+        """Keep the first ``accepted[b]`` tokens of the last step (``[B]`` int64) and drop the rest."""
+        ...
+
+    def commit_path(self, path: torch.Tensor, accepted: torch.Tensor) -> None:
+        """Keep step tokens ``path[b, :accepted[b]]`` (``[B, P]``, ``[B]`` int64), compacted in the cache."""
+        ...
+
+    def truncate(self, lengths: torch.Tensor) -> None:
+        """Forget everything after the first ``lengths[b]`` committed tokens of each row."""
+        ...
+
+
+class DecodingProgram(Protocol):
+    """A compiled decoder: prompt in, logits out, cache kept in a state of its own."""
+
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    max_positions: int | None
+    max_step_tokens: int
+
+    def allocate(self, batch: int, capacity: int) -> Any:
+        """A fresh :class:`DecodingState` with ``capacity`` slots in each of ``batch`` rows."""
+        ...
+
+    def step(
+        self,
+        state: Any,
+        tokens: torch.Tensor,
+        counts: torch.Tensor,
+        *,
+        depth: torch.Tensor | None = None,
+        tree: torch.Tensor | None = None,
+        logits: Literal["last", "all"] = "all",
+    ) -> torch.Tensor:
+        """Run ``tokens [B, T]`` over the cache without committing them; logits ``[B, T, V]``."""
+        ...
+
+    def prefill(self, state: Any, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Run and commit right-padded prompts ``[B, T]``; logits ``[B, V]`` of each row's last token."""
+        ...

@@ -1,0 +1,150 @@
+"""Lower a rewritten graph to a flat list of calls over numbered slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx.node import Node
+
+from graphwright.ir.graph import Graph, value
+from graphwright.runtime.lowering.compile import Runner, compile_piece, run_as_is
+from graphwright.runtime.lowering.fold import fold_parameters
+from graphwright.runtime.lowering.kernels import (
+    KernelUse,
+    expand_feed_forward,
+    fuse_appends,
+    group_linears,
+    select_kernels,
+)
+from graphwright.runtime.lowering.rows import row_wise_input
+from graphwright.runtime.lowering.split import Piece, split_layers
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class LoweringOptions:
+    """How to lower.
+
+    Attributes:
+        compile: hand everything that is not a kernel to Inductor; otherwise it runs op by op.
+    """
+
+    compile: bool = True
+
+
+@dataclass
+class LoweredStep:
+    """One step as calls over slots.
+
+    Attributes:
+        inputs: slot of each graph input by name.
+        states: slot and fake tensor of each state by name; ``window`` in its metadata.
+        calls: (function, input slots, output slots), in order.
+        tail: index of the call after which only the wanted rows go on; None if rows cannot be cut.
+        tail_slot: the slot ``[B, T, F]`` that is cut.
+        result: slot of the logits.
+        constants: slots that hold parameters.
+        kernels: which implementation runs what.
+        structures: distinct pieces against pieces.
+        prepared_bytes: storage made for folded parameters.
+    """
+
+    inputs: dict[str, int]
+    states: dict[str, int]
+    state_nodes: dict[str, Node]
+    calls: list[tuple[Runner, list[int], list[int]]]
+    tail: int | None
+    tail_slot: int | None
+    result: int
+    slots: list[Any]
+    kernels: list[KernelUse]
+    structures: tuple[int, int]
+    prepared_bytes: int
+    compiled: bool
+    fallbacks: list[str] = field(default_factory=list)
+
+
+def lower(
+    graph: Graph, device: torch.device, options: LoweringOptions, progress: Progress | None = None
+) -> LoweredStep:
+    """Lower a copy of ``graph``; the graph itself stays as it is.
+
+    Args:
+        device: where the step runs; decides the kernels.
+        progress: called with a label and the share that is done.
+    """
+    graph = graph.copy()
+    expand_feed_forward(graph)
+    prepared = fold_parameters(graph)
+    group_linears(graph)
+    fuse_appends(graph)
+    kernels = select_kernels(graph, device)
+    pieces = split_layers(graph)
+    runners, distinct = _runners(pieces, options, progress)
+    step = _assemble(graph, pieces, runners)
+    step.kernels, step.prepared_bytes = kernels, prepared
+    step.structures, step.compiled = (distinct, len(pieces)), options.compile
+    return step
+
+
+def _runners(
+    pieces: Sequence[Piece], options: LoweringOptions, progress: Progress | None
+) -> tuple[list[Runner], int]:
+    made: dict[Any, Runner] = {}
+    runners = []
+    total = len({piece.structure for piece in pieces})
+    for piece in pieces:
+        if piece.structure not in made:
+            if progress is not None:
+                progress(f"compiling piece {len(made) + 1} of {total}", len(made) / total)
+            made[piece.structure] = compile_piece(piece) if options.compile else run_as_is(piece)
+        runners.append(made[piece.structure])
+    return runners, len(made)
+
+
+def _assemble(graph: Graph, pieces: list[Piece], runners: list[Runner]) -> LoweredStep:
+    slot: dict[Node, int] = {}
+    values: list[Any] = []
+
+    def assign(node: Node, content: Any = None) -> int:
+        slot[node] = len(values)
+        values.append(content)
+        return slot[node]
+
+    inputs = {n.meta["name"]: assign(n) for n in graph.placeholders("input")}
+    for node in graph.placeholders("parameter"):
+        assign(node, graph.parameters[node.meta["name"]])
+    state_nodes = {n.meta["name"]: n for n in graph.placeholders("state")}
+    states = {name: assign(node) for name, node in state_nodes.items()}
+    calls: list[tuple[Runner, list[int], list[int]]] = []
+    for piece, runner in zip(pieces, runners, strict=True):
+        calls.append((runner, [slot[n] for n in piece.inputs], [assign(n) for n in piece.outputs]))
+    logits = graph.output.args[0]
+    if isinstance(logits, tuple | list):
+        logits = logits[0]
+    assert isinstance(logits, Node)
+    cut = row_wise_input(graph, pieces[-1]) if len(pieces) > 1 else None
+    return LoweredStep(
+        inputs=inputs,
+        states=states,
+        state_nodes=state_nodes,
+        calls=calls,
+        tail=len(calls) - 1 if cut is not None else None,
+        tail_slot=slot[cut] if cut is not None else None,
+        result=slot[logits],
+        slots=values,
+        kernels=[],
+        structures=(0, 0),
+        prepared_bytes=0,
+        compiled=False,
+    )
+
+
+def state_shape(node: Node) -> tuple[int, int]:
+    """Groups and features of a state ``[B, G, S, D]``."""
+    shape = value(node).shape
+    return int(shape[1]), int(shape[3])

@@ -1,0 +1,51 @@
+"""Fixtures of the end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from graphwright.runtime.model import OptimizedModel
+from tests.e2e.fake_program import ReferenceProgram, tiny_model
+
+# The kinds of program that every generation test runs on. "real" compiles with graphwright.optimize.
+PROGRAMS = ["fake"]
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def stock(request: pytest.FixtureRequest) -> Any:
+    """A tiny stock model."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    """A tiny stock Llama."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[int, Any]:
+    """Compiled programs by the identity of their stock model: compiling is slow, models are session-wide."""
+    return {}
+
+
+@pytest.fixture(params=PROGRAMS)
+def make_fast(request: pytest.FixtureRequest, compiled: dict[int, Any]) -> Callable[..., OptimizedModel]:
+    """``make_fast(model, speculation=None, capacity=None)``: the optimized model of a stock one."""
+
+    def make(model: Any, **options: Any) -> OptimizedModel:
+        if request.param == "real":
+            from graphwright import optimize
+
+            if id(model) not in compiled:
+                compiled[id(model)] = (model, optimize(model, passes=["place_cache"]).program)
+            _, program = compiled[id(model)]  # with the model kept alive, its id stays its own
+        else:
+            program = ReferenceProgram(model)
+        config, generation = model.config, model.generation_config
+        return OptimizedModel(program, config=config, generation_config=generation, **options)
+
+    return make
