@@ -1,0 +1,32 @@
+"""What exists, with one line each."""
+
+from __future__ import annotations
+
+from graphwright.cost_model.target import targets as _targets
+from graphwright.passes.base import registered_passes
+from graphwright.runtime.speculation import drafters as _drafters
+
+
+def targets() -> dict[str, str]:
+    """Every machine that can be optimized for."""
+    return _targets()
+
+
+def passes() -> dict[str, str]:
+    """Every rewrite, with those of other packages."""
+    return {name: f"{cls.summary} ({cls.fidelity})" for name, cls in sorted(registered_passes().items())}
+
+
+def drafters() -> dict[str, str]:
+    """Every source of drafts for speculative decoding."""
+    return dict(_drafters())
+
+
+def codecs() -> dict[str, str]:
+    """How caches can be stored: full precision so far."""
+    return {"none": "full precision, as the model computes it"}
+
+
+def selectors() -> dict[str, str]:
+    """Which cached tokens attention reads: all of them so far."""
+    return {"all": "every token in the cache (or in the layer's window)"}

@@ -1,0 +1,143 @@
+"""Check: run the stock model and the program side by side; quality, time and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from graphwright.cost_model.workload import Workload
+from graphwright.ir.errors import VerificationError
+from graphwright.runtime.program import Program
+
+# How far exact passes may move logits, in units of the largest logit: rounding of the dtype, through
+# all layers, with room. A wrong graph is off by orders of magnitude more.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.25, torch.float16: 0.1}
+_TOKENS = 48
+_STEP = 16
+_REPEATS = 5
+_SECONDS = 1.5
+
+
+def calibration_rows(
+    calibration: Sequence[Any] | None, program: Program, seed: int, tokens: int = _TOKENS
+) -> torch.Tensor:
+    """``[B, T]`` token ids to compare on: the caller's first rows, or seeded draws from the vocabulary."""
+    limit = min(tokens, program.max_positions or tokens)
+    if calibration:
+        rows = [torch.as_tensor(row, dtype=torch.int64).reshape(-1)[:limit] for row in calibration[:4]]
+        width = min(len(row) for row in rows)
+        return torch.stack([row[:width] for row in rows]).to(program.device)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, program.vocab_size, (2, limit), generator=generator).to(program.device)
+
+
+def compare_logits(model: PreTrainedModel, program: Program, ids: torch.Tensor) -> dict[str, float]:
+    """Stock logits against the program's own, through its cache in steps.
+
+    Returns:
+        ``max_abs_logit_difference``, ``relative_logit_difference`` (to the largest logit),
+        ``mean_kl`` (nats per token), ``top1_agreement`` (share).
+    """
+    with torch.no_grad():
+        was_training = model.training
+        expected = model.eval()(input_ids=ids, use_cache=False).logits.float()
+        model.train(was_training)
+    actual = torch.cat(list(_steps(program, ids)), dim=1).float()
+    difference = (actual - expected).abs().max()
+    kl = torch.nn.functional.kl_div(
+        actual.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    return {
+        "max_abs_logit_difference": float(difference),
+        "relative_logit_difference": float(difference / expected.abs().max().clamp(min=1e-6)),
+        "mean_kl": float(kl.mean()),
+        "top1_agreement": float((actual.argmax(-1) == expected.argmax(-1)).float().mean()),
+        "tokens": float(ids.numel()),
+    }
+
+
+def require_equal(quality: dict[str, float], dtype: torch.dtype, where: str) -> None:
+    """Refuse a program of exact passes whose logits are not the stock model's.
+
+    Raises:
+        VerificationError: the difference is beyond what rounding explains.
+    """
+    found, allowed = quality["relative_logit_difference"], _TOLERANCE.get(dtype, 1e-3)
+    if not found <= allowed:
+        raise VerificationError(
+            f"the program's logits differ from the stock model's by {found:.2g} of the largest logit",
+            where=where,
+            hint="this is a defect: use passes=[] and report the model's configuration",
+        )
+
+
+def measure_decode(program: Program, workload: Workload) -> dict[str, float]:
+    """Time of one decode step at the workload's mean context, over a cache of that length."""
+    context = _context(program, workload)
+    state = program.allocate(workload.batch, context + 1)
+    state.lengths.fill_(context)
+    tokens = torch.zeros((workload.batch, 1), dtype=torch.int64, device=program.device)
+    counts = torch.ones(workload.batch, dtype=torch.int64, device=program.device)
+    seconds = _median_seconds(lambda: program.step(state, tokens, counts, logits="last"), program.device)
+    return {
+        "seconds_per_token": seconds,
+        "tokens_per_second": workload.batch / seconds,
+        "context": float(context),
+        "cache_bytes": float(state.nbytes()),
+    }
+
+
+def measure_stock(model: PreTrainedModel, program: Program, workload: Workload) -> dict[str, float]:
+    """The same step in the stock model over a ``DynamicCache`` of the same length."""
+    context = _context(program, workload)
+    cache = DynamicCache(config=model.config)
+    tokens = torch.zeros((workload.batch, 1), dtype=torch.int64, device=program.device)
+    with torch.no_grad():
+        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        for index, layer in enumerate(cache.layers):
+            keys, values = layer.keys, layer.values
+            filler = [t[:, :, :1].expand(-1, -1, context - 1, -1) for t in (keys, values)]
+            cache.update(*filler, index)
+
+        def step() -> None:
+            model(input_ids=tokens, past_key_values=cache, use_cache=True)  # grows by one: not worth a crop
+
+        seconds = _median_seconds(step, program.device)
+    return {"seconds_per_token": seconds, "tokens_per_second": workload.batch / seconds}
+
+
+def _context(program: Program, workload: Workload) -> int:
+    context = int(workload.mean_context)
+    return max(1, min(context, (program.max_positions or context + 2) - 2))
+
+
+def _steps(program: Program, ids: torch.Tensor):  # type: ignore[no-untyped-def]
+    state = program.allocate(ids.shape[0], ids.shape[1])
+    for start in range(0, ids.shape[1], _STEP):
+        chunk = ids[:, start : start + _STEP]
+        counts = torch.full((ids.shape[0],), chunk.shape[1], dtype=torch.int64, device=ids.device)
+        yield program.step(state, chunk, counts)
+        state.commit(counts)
+
+
+def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Median of a few runs after one that warms up; stops early where a run is slow."""
+    times: list[float] = []
+    for index in range(_REPEATS + 1):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - started
+        if index:
+            times.append(elapsed)
+        if elapsed * (index + 2) > _SECONDS:
+            times = times or [elapsed]
+            break
+    return statistics.median(times)

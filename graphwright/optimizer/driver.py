@@ -1,0 +1,273 @@
+"""``optimize``: the life of a call, one named step a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from graphwright.cost_model.target import Target, resolve_target
+from graphwright.cost_model.workload import Budget, Workload
+from graphwright.ir.errors import InputError, UnsupportedModelError
+from graphwright.ir.graph import Graph, value
+from graphwright.ir.printer import to_python
+from graphwright.optimizer import check, machine
+from graphwright.optimizer.graph_cache import cached_capture
+from graphwright.optimizer.optimized import OptimizedModel
+from graphwright.optimizer.planner import Planned, Request, plan_exact, plan_given
+from graphwright.optimizer.progress import Progress
+from graphwright.optimizer.report import Decision, Report, Status
+from graphwright.optimizer.validate import check_calibration, check_model
+from graphwright.passes.base import Pass
+from graphwright.runtime.lowering import LoweredStep, LoweringOptions, lower
+from graphwright.runtime.program import Program
+from graphwright.runtime.speculation import Speculation, make_drafter
+
+
+def optimize(
+    model: PreTrainedModel,
+    target: str | Target = "auto",
+    *,
+    workload: Workload | None = None,
+    budget: Budget | None = None,
+    passes: Sequence[str | Pass] | None = None,
+    calibration: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> OptimizedModel:
+    """Turn a transformers causal language model into a faster program with a stated loss of quality.
+
+    Args:
+        model: any decoder-only transformers model that dynamo captures; it is never changed.
+        target: a name of :func:`graphwright.targets`, or ``auto`` for the machine at hand.
+        workload: what will run (default: batch 1, prompt 1,024, generate 256).
+        budget: what may be lost and used. Without one, only passes that keep the output run.
+        passes: pass strings or objects that replace the planner's choice; ``[]`` means none.
+        calibration: token sequences (lists or ``[T]`` tensors) to check and measure on.
+        seed: for the synthetic calibration tokens.
+
+    Returns:
+        A program with transformers' ``generate`` and ``forward``, ``.report``, ``.plan``, ``.memory()``,
+        ``.stats()``, ``.score()`` and ``.save()``.
+
+    Raises:
+        GraphwrightError: a subclass that says what was wrong, where, and what to do.
+    """
+    progress = Progress()
+    workload, budget = workload or Workload(), budget or Budget()
+    with progress.step("checking the model"):
+        check_model(model)
+        if model.device.type == "meta":
+            raise UnsupportedModelError(
+                "the model is on the meta device and has no weights to run",
+                hint="use graphwright.plan(model, target) for the report alone",
+            )
+    with progress.step("reading the target"):
+        machine_target = resolve_target(target)
+    with progress.step("capturing the graph"):
+        graph, notes = capture_step(model)
+        before = to_python(graph)
+    with progress.step("planning"):
+        request = Request(machine_target, workload, budget, max_positions(model.config))
+        calibrated = check_calibration(calibration, vocabulary(graph))
+        planned = plan_exact(graph, request) if passes is None else plan_given(graph, passes, request)
+    with progress.step("building the C++ kernels, once"):
+        build_kernels(model.device)
+    with progress.step("lowering"):
+        step, fallbacks = lower_planned(planned, model.device)
+    report = describe(model, planned, step, notes, before, fallbacks)
+    program = make_program(model, planned.graph, step)
+    with progress.step("checking against the stock model"):
+        check_program(model, program, report, calibrated, workload, seed)
+    report.measured["seconds"] = {key: round(took, 3) for key, took in progress.seconds.items()}
+    return OptimizedModel(
+        program,
+        config=model.config,
+        generation_config=model.generation_config,
+        speculation=speculation_of(planned.graph),
+        plan=planned.plan,
+        report=report,
+        graph=planned.graph,
+        identity=model,
+    )
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+def capture_step(model: PreTrainedModel) -> tuple[Graph, list[str]]:
+    """The canonical graph, from the cache on disk if it is there, and its near misses."""
+    graph, report, _ = cached_capture(model)
+    if not graph.calls("attention"):
+        raise UnsupportedModelError(
+            "no attention was found in the graph",
+            where=type(model).__name__,
+            hint="graphwright compiles attention-based decoders; recurrent and state-space models are not",
+        )
+    return graph, [str(miss) for miss in report.near_misses]
+
+
+def build_kernels(device: torch.device) -> None:
+    """Build the C++ kernels where they can run; selection reports why where they cannot."""
+    if device.type == "cpu":
+        from graphwright.kernels.cpp.build import available
+
+        available()
+
+
+def lower_planned(planned: Planned, device: torch.device) -> tuple[LoweredStep, list[Decision]]:
+    """Lower with Inductor if the plan says so; without a working compiler, op by op, and say so."""
+    wanted = bool(planned.graph.annotations.get("compile"))
+    try:
+        return lower(planned.graph, device, LoweringOptions(compile=wanted)), []
+    except Exception as error:
+        if not wanted:
+            raise
+        reason = f"Inductor failed, the program runs op by op: {str(error).strip().splitlines()[0][:200]}"
+        step = lower(planned.graph, device, LoweringOptions(compile=False))
+        return step, [Decision("compile_layers", "", Status.FALLBACK, reason, None, None, "reordered")]
+
+
+def make_program(model: PreTrainedModel, graph: Graph, step: LoweredStep) -> Program:
+    """The runnable program of a lowered graph."""
+    logits = graph.output.args[0]
+    first = logits[0] if isinstance(logits, tuple | list) else logits
+    assert isinstance(first, torch.fx.Node)
+    return Program(
+        step,
+        config=model.config,
+        device=model.device,
+        dtype=value(first).dtype,
+        vocab_size=vocabulary(graph),
+        max_positions=max_positions(model.config),
+    )
+
+
+def check_program(
+    model: PreTrainedModel,
+    program: Program,
+    report: Report,
+    calibration: Sequence[Any] | None,
+    workload: Workload,
+    seed: int,
+) -> None:
+    """Measure quality, time and memory beside the stock model, into the report.
+
+    Raises:
+        VerificationError: exact passes gave other logits than the stock model.
+    """
+    ids = check.calibration_rows(calibration, program, seed)
+    with machine.safe_library(program.dtype, program.device) as full_speed:
+        quality = check.compare_logits(model, program, ids)
+        check.require_equal(quality, program.dtype, report.model)
+        stock = check.measure_stock(model, program, workload) if full_speed else None
+    decode = check.measure_decode(program, workload)
+    report.measured["quality"] = quality
+    report.measured["decode"] = {k: v for k, v in decode.items() if k != "cache_bytes"}
+    report.measured["memory"] = {"cache_bytes": decode["cache_bytes"]}
+    if stock is None:
+        reason = "the library's bfloat16 products crash on this machine, so stock was not timed"
+        report.decisions.append(Decision("check", "", Status.FALLBACK, reason, None, None, "exact"))
+        return
+    report.measured["stock"] = stock
+    report.measured["speedup"] = {"ratio": stock["seconds_per_token"] / decode["seconds_per_token"]}
+
+
+def describe(
+    model: PreTrainedModel,
+    planned: Planned,
+    step: LoweredStep | None,
+    notes: list[str],
+    before: str,
+    more: Sequence[Decision] = (),
+) -> Report:
+    """The report, as far as it is known before anything runs."""
+    graph = planned.graph
+    report = Report(
+        model=model_line(model),
+        target=planned.plan.target,
+        workload=workload_dict(planned.plan.workload),
+        decisions=[*planned.decisions, *more],
+        predicted={**planned.predicted, "before": planned.baseline["decode"]},
+        ops=graph.counts(),
+        near_misses=notes,
+        code_before=before,
+        code_after=to_python(graph),
+        versions=machine.versions(),
+    )
+    if step is not None:
+        report.kernels = [
+            {"op": k.op, "provider": k.provider, "reason": f"{k.sites} sites; {k.reason}"} for k in step.kernels
+        ]
+        report.decisions += _kernel_fallbacks(step, model.device, planned.plan.target)
+    return report
+
+
+def _kernel_fallbacks(step: LoweredStep, device: torch.device, target: str) -> list[Decision]:
+    found = [
+        Decision(f"kernel {k.op}", "", Status.FALLBACK, f"runs its reference body: {k.reason}", None, None, "exact")
+        for k in step.kernels
+        if k.provider == "reference"
+    ]
+    runs_on = "cpu" if device.type == "cpu" else "cuda"
+    wanted = resolve_target(target, calibrate=False).kind
+    if (wanted == "cpu") != (runs_on == "cpu"):
+        reason = f"planned for {target}, but the model is on {device}, where the program runs"
+        found.append(Decision("lower", "", Status.FALLBACK, reason, None, None, "exact"))
+    return found
+
+
+# --- facts ---------------------------------------------------------------------------------------
+
+
+def speculation_of(graph: Graph) -> Speculation | None:
+    """The drafter that the plan put into the graph's annotations."""
+    chosen = graph.annotations.get("speculation")
+    if chosen is None:
+        return None
+    return make_speculation(chosen)
+
+
+def make_speculation(chosen: dict[str, Any]) -> Speculation:
+    """A drafter and its length rule from plain options."""
+    from graphwright.runtime.speculation import AdaptiveLength, FixedLength
+
+    drafter = make_drafter(chosen["drafter"], tokens=chosen["tokens"], max_ngram=chosen["max_ngram"])
+    rule = AdaptiveLength(high=chosen["tokens"]) if chosen["rule"] == "adaptive" else FixedLength(chosen["tokens"])
+    return Speculation(drafter, rule)
+
+
+def vocabulary(graph: Graph) -> int:
+    """V of the logits ``[B, T, V]``."""
+    logits = graph.output.args[0]
+    first = logits[0] if isinstance(logits, tuple | list) else logits
+    if not isinstance(first, torch.fx.Node):
+        raise InputError("the graph returns no logits")
+    return int(value(first).shape[-1])
+
+
+def max_positions(config: Any) -> int | None:
+    """Most tokens of a sequence that the model was made for."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        found = getattr(text, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return None
+
+
+def model_line(model: PreTrainedModel) -> str:
+    """``LlamaForCausalLM, 134.5 M parameters, bfloat16``."""
+    count = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__}, {count / 1e6:,.1f} M parameters, {str(model.dtype).split('.')[1]}"
+
+
+def workload_dict(workload: Workload) -> dict[str, int]:
+    """A workload as the report holds it."""
+    return {
+        "batch": workload.batch,
+        "prompt": workload.prompt,
+        "generate": workload.generate,
+        "shared_prefix": workload.shared_prefix,
+    }

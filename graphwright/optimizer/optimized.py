@@ -1,0 +1,79 @@
+"""What ``optimize`` returns: a program with its plan and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from graphwright.ir.graph import Graph
+from graphwright.optimizer.planner import Plan
+from graphwright.optimizer.report import Report
+from graphwright.runtime import model as runtime
+from graphwright.runtime.program import Program
+from graphwright.runtime.speculation import Speculation
+
+
+class OptimizedModel(runtime.OptimizedModel):
+    """A compiled model that stands where the transformers model stood.
+
+    Attributes:
+        plan: the passes that were applied, and what for.
+        graph: the rewritten graph.
+    """
+
+    program: Program
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        config: Any,
+        generation_config: Any,
+        speculation: Speculation | None,
+        plan: Plan,
+        report: Report,
+        graph: Graph,
+        identity: Any,
+    ) -> None:
+        super().__init__(
+            program, config=config, generation_config=generation_config, speculation=speculation
+        )
+        self.plan = plan
+        self.graph = graph
+        self._report = report
+        self._identity = identity
+
+    @property
+    def report(self) -> Report:
+        """Every decision: why, predicted, measured; with the speculation statistics so far."""
+        if self.speculation is not None:
+            self._report.speculation = self.stats()
+        return self._report
+
+    def memory(self) -> dict[str, int]:
+        """Resident bytes by kind, from the real buffers.
+
+        Returns:
+            ``weights`` (shared with the stock model), ``prepared`` (matrices laid out for the kernels),
+            ``cache`` (of the generations alive now) and ``total``.
+        """
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in self.graph.parameters.values()
+        }
+        kinds = {
+            "weights": sum(storages.values()),
+            "prepared": self.program.lowered.prepared_bytes,
+            "cache": self.program.cache_bytes(),
+        }
+        return {**kinds, "total": sum(kinds.values())}
+
+    def save(self, directory: str | Path) -> None:
+        """Write the plan, the graph and the report; ``graphwright.load(directory, model)`` reads them.
+
+        Raises:
+            PlanError: the directory exists and is not a saved plan.
+        """
+        from graphwright.optimizer.saving import save
+
+        save(self, Path(directory))

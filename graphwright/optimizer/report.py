@@ -1,0 +1,209 @@
+"""The report: every decision that was made about a program, why, and what it cost.
+
+A :class:`Report` is plain data. It renders as text (``str(report)``), as JSON with a schema
+(``report.schema.json`` beside this file) and as one self-contained HTML file.
+
+Nested dictionaries hold plain numbers, with the unit in the key: ``seconds_per_token``,
+``tokens_per_second``, ``bytes_read``, ``weights_bytes``. :mod:`graphwright.optimizer.quantities`
+turns key and number into words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphwright.ir.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA = "graphwright.report/1"
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+
+
+class Status(str, Enum):
+    """What became of one pass at one site."""
+
+    APPLIED = "applied"
+    ILLEGAL = "illegal"  # would change what the model computes, or cannot be expressed
+    UNPROFITABLE = "unprofitable"  # legal, and the cost model predicts no gain
+    NOT_FOUND = "not found"  # the pass has no site in this model
+    UNDONE = "undone"  # applied, and a measurement contradicted the prediction
+    FALLBACK = "fallback"  # runs on a slower implementation than the target could have
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One pass at one site.
+
+    Args:
+        pass_name: the pass as its round-trip string, e.g. ``speculate{drafter=ngram}``.
+        site: where, e.g. ``layers.3``; empty for a pass that concerns the whole program.
+        status: what became of it.
+        reason: why, in one sentence.
+        predicted: what the cost model expected of it (units in the keys; negative is saved).
+        measured: the same keys, measured; None if it was not.
+        fidelity: ``exact``, ``reordered``, ``distribution`` or ``lossy``.
+    """
+
+    pass_name: str
+    site: str
+    status: Status
+    reason: str
+    predicted: dict[str, float] | None = None
+    measured: dict[str, float] | None = None
+    fidelity: str = "exact"
+
+
+@dataclass
+class Report:
+    """Everything that was decided, predicted and measured for one program.
+
+    Args:
+        model: what was optimized, e.g. ``LlamaForCausalLM (smollm2), 134.5 M parameters, bfloat16``.
+        target: the machine it was optimized for.
+        workload: ``batch``, ``prompt``, ``generate``, ``shared_prefix``.
+        decisions: every pass and site, refusals included.
+        predicted: by section (``decode``, ``prefill``, ``memory``, ...), each a dictionary of
+            quantities with the unit in the key.
+        measured: the same sections and keys, plus ``quality`` (``max_abs_logit_difference``,
+            ``mean_kl``, ``top1_agreement``) and ``seconds`` (how long each step of optimizing took).
+        ops: how many of each semantic op the canonical graph holds.
+        near_misses: sites that almost matched a semantic op, and what was in the way.
+        kernels: ``{"op", "provider", "reason"}``, one for each op that was lowered.
+        speculation: statistics of the drafts, or None without speculation.
+        code_before: the captured graph as runnable Python.
+        code_after: the optimized graph as runnable Python.
+        versions: graphwright, torch, transformers, Python, CPU name, threads.
+    """
+
+    model: str
+    target: str
+    workload: dict[str, Any] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
+    predicted: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    ops: dict[str, int] = field(default_factory=dict)
+    near_misses: list[str] = field(default_factory=list)
+    kernels: list[dict[str, str]] = field(default_factory=list)
+    speculation: dict[str, Any] | None = None
+    code_before: str = ""
+    code_after: str = ""
+    versions: dict[str, Any] = field(default_factory=dict)
+
+    def by_status(self, status: Status) -> list[Decision]:
+        """The decisions that ended in ``status``, in the order they were made."""
+        return [decision for decision in self.decisions if decision.status is status]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data that matches ``report.schema.json``; numbers that are not finite become None."""
+        return {"schema": SCHEMA, **_plain(asdict(self))}
+
+    def to_json(self) -> str:
+        """The report as JSON text with a ``schema`` key; :meth:`from_json` reads it back."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "report JSON") -> Report:
+        """Read a report that :meth:`to_json` wrote.
+
+        Raises:
+            InputError: the text is not JSON, or not a report of this schema version.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"not JSON: {error}", where=where, hint="the file may be cut off") from None
+        _check(data, where)
+        data = {key: value for key, value in data.items() if key != "schema"}
+        data["decisions"] = [Decision(**{**d, "status": Status(d["status"])}) for d in data["decisions"]]
+        return cls(**data)
+
+    def to_text(self, width: int = 100, *, color: bool = False) -> str:
+        """The report as text of at most ``width`` columns (80 or more read well)."""
+        from graphwright.optimizer.report_text import render_text
+
+        return render_text(self, width=width, color=color)
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One self-contained HTML page that works offline; written to ``path`` if given."""
+        from graphwright.optimizer.report_html import render_page
+
+        page = render_page(self)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def __rich__(self) -> RenderableType:
+        from graphwright.optimizer.report_text import renderable
+
+        return renderable(self)
+
+    def _repr_html_(self) -> str:
+        from graphwright.optimizer.report_html import render_fragment
+
+        return render_fragment(self)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON types: enums as their value, tuples as lists, non-finite numbers as None."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    item = getattr(value, "item", None)  # numpy and torch scalars
+    return _plain(item()) if callable(item) else str(value)
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "target": str,
+    "workload": dict,
+    "decisions": list,
+    "predicted": dict,
+    "measured": dict,
+    "ops": dict,
+    "near_misses": list,
+    "kernels": list,
+    "speculation": (dict, type(None)),
+    "code_before": str,
+    "code_after": str,
+    "versions": dict,
+}
+
+
+def _check(data: object, where: str) -> None:
+    """Refuse data that is not a report of this schema; the JSON Schema file says the same in full."""
+    hint = f"this version reads {SCHEMA}, as written by Report.to_json()"
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"not a {SCHEMA} document: found {found!r}", where=where, hint=hint)
+    for name, kind in _TYPES.items():
+        if name not in data or not isinstance(data[name], kind):
+            problem = "is missing" if name not in data else f"is a {type(data[name]).__name__}"
+            raise InputError(f"the report's {name!r} {problem}", where=where, hint=hint)
+    if unknown := sorted(set(data) - set(_TYPES) - {"schema"}):
+        raise InputError(f"the report has unknown keys: {', '.join(unknown)}", where=where, hint=hint)
+    names = {f.name for f in fields(Decision)}
+    statuses = {status.value for status in Status}
+    for number, decision in enumerate(data["decisions"]):
+        if not isinstance(decision, dict) or set(decision) != names or decision["status"] not in statuses:
+            raise InputError(f"decision {number} of the report is malformed", where=where, hint=hint)
