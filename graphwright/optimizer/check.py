@@ -114,7 +114,8 @@ def measure_stock(model: PreTrainedModel, program: Program, workload: Workload) 
 
 def _context(program: Program, workload: Workload) -> int:
     context = int(workload.mean_context)
-    return max(1, min(context, (program.max_positions or context + 2) - 2))
+    room = context if program.max_positions is None else program.max_positions - _REPEATS - 2
+    return max(1, min(context, room))
 
 
 def _steps(program: Program, ids: torch.Tensor):  # type: ignore[no-untyped-def]

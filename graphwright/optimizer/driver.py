@@ -198,7 +198,8 @@ def describe(
     )
     if step is not None:
         report.kernels = [
-            {"op": k.op, "provider": k.provider, "reason": f"{k.sites} sites; {k.reason}"} for k in step.kernels
+            {"op": k.op, "provider": k.provider, "reason": f"{k.sites} sites; {k.reason}"}
+            for k in step.kernels
         ]
         report.decisions += _kernel_fallbacks(step, model.device, planned.plan.target)
     return report
@@ -206,7 +207,9 @@ def describe(
 
 def _kernel_fallbacks(step: LoweredStep, device: torch.device, target: str) -> list[Decision]:
     found = [
-        Decision(f"kernel {k.op}", "", Status.FALLBACK, f"runs its reference body: {k.reason}", None, None, "exact")
+        Decision(
+            f"kernel {k.op}", "", Status.FALLBACK, f"runs its reference body: {k.reason}", None, None, "exact"
+        )
         for k in step.kernels
         if k.provider == "reference"
     ]
@@ -234,7 +237,11 @@ def make_speculation(chosen: dict[str, Any]) -> Speculation:
     from graphwright.runtime.speculation import AdaptiveLength, FixedLength
 
     drafter = make_drafter(chosen["drafter"], tokens=chosen["tokens"], max_ngram=chosen["max_ngram"])
-    rule = AdaptiveLength(high=chosen["tokens"]) if chosen["rule"] == "adaptive" else FixedLength(chosen["tokens"])
+    rule = (
+        AdaptiveLength(high=chosen["tokens"])
+        if chosen["rule"] == "adaptive"
+        else FixedLength(chosen["tokens"])
+    )
     return Speculation(drafter, rule)
 
 

@@ -35,9 +35,7 @@ class OptimizedModel(runtime.OptimizedModel):
         graph: Graph,
         identity: Any,
     ) -> None:
-        super().__init__(
-            program, config=config, generation_config=generation_config, speculation=speculation
-        )
+        super().__init__(program, config=config, generation_config=generation_config, speculation=speculation)
         self.plan = plan
         self.graph = graph
         self._report = report
@@ -47,7 +45,7 @@ class OptimizedModel(runtime.OptimizedModel):
     def report(self) -> Report:
         """Every decision: why, predicted, measured; with the speculation statistics so far."""
         if self.speculation is not None:
-            self._report.speculation = self.stats()
+            self._report.speculation = {k: v for k, v in self.stats().items() if k not in ("last", "by_drafter")}
         return self._report
 
     def memory(self) -> dict[str, int]:

@@ -11,7 +11,18 @@ from graphwright.ir.graph import Graph, is_tensor, op_name
 from graphwright.passes.base import CostDelta, Fidelity, Pass, Site, Verdict, register_pass
 
 # Calls that do no work of their own: views and sizes.
-_FREE = ("view", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "expand", "sym_size", "getitem")
+_FREE = (
+    "view",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "expand",
+    "sym_size",
+    "getitem",
+)
 # Kernels stay calls of their own, compiled or not.
 _KERNELS = ("linear", "routed_linear", "gated_mlp", "mlp", "attention", "cache_attention", "cache_append")
 
@@ -33,12 +44,16 @@ class CompileLayers(Pass):
         return [Site("program", (), {"calls": calls, "kernels": kernels})] if calls > kernels else []
 
     def legal(self, site: Site) -> Verdict:
-        return Verdict(True, f"{site.info['calls'] - site.info['kernels']} calls between kernels can be fused")
+        return Verdict(
+            True, f"{site.info['calls'] - site.info['kernels']} calls between kernels can be fused"
+        )
 
     def gain(self, site: Site, workload: Workload, target: Target) -> CostDelta:
         # Fused arithmetic between two kernels is about one launch; uncompiled it is one a call.
         saved = site.info["calls"] - 2 * site.info["kernels"]
-        return CostDelta(-max(saved, 1) * target.launch_overhead, 0.0, f"saves about {max(saved, 1)} launches a step")
+        return CostDelta(
+            -max(saved, 1) * target.launch_overhead, 0.0, f"saves about {max(saved, 1)} launches a step"
+        )
 
     def apply(self, site: Site, graph: Graph) -> None:
         graph.annotations["compile"] = True

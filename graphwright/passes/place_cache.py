@@ -17,11 +17,12 @@ from torch.fx.node import Node
 from graphwright.cost_model.target import Target
 from graphwright.cost_model.workload import Workload
 from graphwright.ir.errors import PassError
-from graphwright.ir.graph import Graph, argument, module_path, value
+from graphwright.ir.graph import Graph, argument, module_path, op_name, value
 from graphwright.passes.base import CostDelta, Fidelity, Pass, Site, Verdict, register_pass
 from graphwright.passes.cache_cut import Cut, LayerSlice, token_dim, token_dominators
 from graphwright.passes.cache_price import CachePrice, price_cut
 
+_VIEWS = ("aten.view.default", "aten.transpose.int", "aten.unsqueeze.default", "aten.slice.Tensor")
 CUTS = ("auto", "kv", "minimum")
 
 
@@ -135,9 +136,19 @@ def describe(site: Site, cut: Cut) -> str:
     kept = f", the last {window} tokens" if window else ""
     if cut.is_keys_and_values:
         return f"stores keys and values, {cut.elements} elements a token{kept}"
-    names = " and ".join(n.name for n in cut.stored)
+    names = " and ".join(_origin(n) for n in cut.stored)
     again = len(cut.recomputed)
     return f"stores {names}, {cut.elements} elements a token{kept}, and recomputes keys and values ({again} ops)"
+
+
+def _origin(node: Node) -> str:
+    """What a stored tensor is: ``the output of input_layernorm``, or of an op of its module."""
+    while op_name(node) in _VIEWS:
+        node = node.all_input_nodes[0]
+    module = module_path(node).split(".")[-1]
+    if op_name(node) in ("rms_norm", "layer_norm", "linear"):
+        return f"the output of {module}"
+    return f"{(op_name(node) or node.name).removeprefix('aten.').split('.')[0]} in {module}"
 
 
 def _compare(site: Site, price: CachePrice, workload: Workload, target: Target) -> str:

@@ -1,0 +1,120 @@
+"""``speculate``: guess several tokens and let one step of the model check them all.
+
+The graph stays as it is; the pass decides whether the program drafts, with what, and how far. Greedy
+output is the same token for token; sampling keeps the distribution. Source: Leviathan, Kalman and
+Matias 2023, "Fast Inference from Transformers via Speculative Decoding".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from graphwright.cost_model.graph_cost import graph_cost
+from graphwright.cost_model.speculation import predict_speculation
+from graphwright.cost_model.target import Target
+from graphwright.cost_model.workload import Workload
+from graphwright.ir.errors import PassError
+from graphwright.ir.graph import Graph
+from graphwright.passes.base import CostDelta, Fidelity, Pass, Site, Verdict, register_pass
+
+#: A tree's mask is one int64 a token: the last token and at most this many drafts fit a step.
+MOST_TOKENS = 62
+RULES = ("fixed", "adaptive")
+VERIFIERS = ("auto",)
+#: What ``measure_acceptance`` of runtime/speculation gives for the n-gram drafter, drafts of 8 and CPython's
+#: language reference (``pydoc_data.topics``, the 51 topics of more than 256 tokens of SmolLM2's tokenizer, at
+#: most 2,048 of each: 0.164), rounded down. It counts cycles without a guess as refusals although they cost
+#: a plain step only. Text that repeats itself or its prompt, such as code, edits and summaries, accepts more.
+PROSE_ACCEPTANCE = 0.16
+
+
+@register_pass
+@dataclass(frozen=True)
+class Speculate(Pass):
+    """Draft tokens and verify them in one step.
+
+    Options:
+        drafter: who guesses; see ``graphwright.drafters()``.
+        tokens: most tokens in a draft, 1 to 62.
+        max_ngram: longest suffix that the n-gram drafter looks up, at least 2.
+        verifier: ``auto`` compares with the most likely token in greedy decoding, and accepts or
+            rejects by chance when sampling.
+        rule: ``fixed`` drafts ``tokens`` every time; ``adaptive`` fewer after a refusal.
+        acceptance: the probability that a draft token is accepted if those before it were, for the
+            price. By default that of reference prose; the planner replaces it by what it measures.
+    """
+
+    name: ClassVar[str] = "speculate"
+    summary: ClassVar[str] = "draft several tokens and verify them in one step; the output stays the same"
+    fidelity: ClassVar[Fidelity] = "distribution"
+    requires: ClassVar[frozenset[str]] = frozenset({"cache"})
+    provides: ClassVar[frozenset[str]] = frozenset({"speculation"})
+
+    drafter: str = "ngram"
+    tokens: int = 8
+    max_ngram: int = 3
+    verifier: str = "auto"
+    rule: str = "fixed"
+    acceptance: float = PROSE_ACCEPTANCE
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.drafter):
+            raise PassError(f"{self.drafter!r} is not a drafter's name", hint="see graphwright.drafters()")
+        _check("rule", self.rule, RULES)
+        _check("verifier", self.verifier, VERIFIERS)
+        _check_range("tokens", self.tokens, 1, MOST_TOKENS)
+        _check_range("acceptance", self.acceptance, 0.0, 1.0)
+        if self.max_ngram < 2:
+            raise PassError(f"max_ngram={self.max_ngram} is too short to look up", hint="max_ngram >= 2")
+
+    def find(self, graph: Graph) -> list[Site]:
+        return [Site("program", (), {"graph": graph})]
+
+    def legal(self, site: Site) -> Verdict:
+        graph: Graph = site.info["graph"]
+        if "speculation" in graph.annotations:
+            return Verdict(False, f"the program speculates already, with {graph.annotations['speculation']}")
+        if not graph.placeholders("state"):
+            return Verdict(False, "there is no cache: refused tokens could not be rolled back")
+        return Verdict(True, f"{self.drafter} drafts up to {self.tokens} tokens; refused ones are rolled back")
+
+    def gain(self, site: Site, workload: Workload, target: Target) -> CostDelta:
+        price = predict_speculation(
+            graph_cost(site.info["graph"]), target, self.acceptance, self.tokens,
+            batch=workload.batch, context=workload.mean_context,
+        )  # fmt: skip
+        note = (
+            f"{price['tokens_per_cycle']:.2f} tokens a cycle at acceptance {self.acceptance:g}; a step with "
+            f"{self.tokens + 1} tokens takes {price['verify_seconds'] * 1e3:.3g} ms, one with a single token "
+            f"{price['decode_seconds'] * 1e3:.3g} ms: {price['speedup']:.2f}x"
+        )
+        return CostDelta(price["seconds_per_token"] - price["decode_seconds"], 0.0, note)
+
+    def apply(self, site: Site, graph: Graph) -> None:
+        graph.annotations["speculation"] = self.options()
+
+    def options(self) -> dict[str, Any]:
+        """What the runtime needs to know, as plain data."""
+        chosen = dataclasses.asdict(self)
+        del chosen["acceptance"]  # a matter of price, not of what runs
+        return chosen
+
+    def __str__(self) -> str:
+        rest = super().__str__().removeprefix(self.name).strip("{}")
+        others = [item for item in rest.split(",") if item and not item.startswith("drafter=")]
+        return f"{self.name}{{{','.join([f'drafter={self.drafter}', *others])}}}"
+
+
+def _check(option: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise PassError(
+            f"speculate has no {option} {given!r}", hint=f"choose one of {', '.join(known)}"
+        )
+
+
+def _check_range(option: str, given: float, low: float, high: float) -> None:
+    if not low <= given <= high:
+        raise PassError(f"speculate cannot have {option}={given}", hint=f"{option} from {low} to {high}")
