@@ -109,7 +109,6 @@ def _experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts signature: hidden ``[M, K]``, index and weights ``[M, C]``."""
-    tokens, choices = top_k_index.shape
     biased = self.has_bias
     transposed = self.is_transposed
     first = self.gate_up_proj if self.has_gate else self.up_proj

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphwright.cost_model.target import targets as _targets
-from graphwright.passes.base import registered_passes
+from graphwright.passes.base import describe_passes
 from graphwright.runtime.speculation import drafters as _drafters
 
 
@@ -14,7 +14,7 @@ def targets() -> dict[str, str]:
 
 def passes() -> dict[str, str]:
     """Every rewrite, with those of other packages."""
-    return {name: f"{cls.summary} ({cls.fidelity})" for name, cls in sorted(registered_passes().items())}
+    return describe_passes()
 
 
 def drafters() -> dict[str, str]:

@@ -132,7 +132,9 @@ class _Exporter:
         call = graph.create_node(node.op, node.target, tuple(args), kwargs)
         outputs = call
         if isinstance(node.meta["example_value"], tuple | list):
-            outputs = [graph.call_function(_getitem, (call, i)) for i in range(len(node.meta["example_value"]))]  # type: ignore[assignment]
+            outputs = [
+                graph.call_function(_getitem, (call, i)) for i in range(len(node.meta["example_value"]))
+            ]  # type: ignore[assignment]
         graph.output(tuple(outputs) if isinstance(outputs, list) else (outputs,))
         return _export_module(torch.fx.GraphModule(torch.nn.Module(), graph), fakes)
 
@@ -193,5 +195,3 @@ def _signature(leaf: Any) -> Any:
         strides = tuple(map(str, value.stride()))
         return (value.dtype, value.device, tuple(map(str, value.shape)), strides, type(value).__name__)
     return str(value)
-
-

@@ -170,7 +170,10 @@ class _Option:
             f"{self.seconds * 1e3:.3g} ms a token and {self.memory / 1e6:.0f} MB, against "
             f"{best.seconds * 1e3:.3g} ms and {best.memory / 1e6:.0f} MB with {' and '.join(best.applied)}"
         )
-        predicted = {"seconds_per_token": self.seconds - best.seconds, "memory_bytes": self.memory - best.memory}
+        predicted = {
+            "seconds_per_token": self.seconds - best.seconds,
+            "memory_bytes": self.memory - best.memory,
+        }
         return [Decision(self.applied[-1], "", Status.UNPROFITABLE, reason, predicted, None, "exact")]
 
 

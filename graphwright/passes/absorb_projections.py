@@ -63,8 +63,11 @@ class AbsorbProjections(Pass):
         obstacle = _used_elsewhere(found, attention) or _bias_obstacle(found, attention)
         if obstacle:
             return Verdict(False, obstacle)
-        kept = f"{_width(found.latent)} features" + (f" and {found.direct.width} shared ones" if found.direct else "")
-        heads = int(value(argument(attention, "q")).shape[1])
+        shared = f" and {found.direct.width} shared ones" if found.direct else ""
+        heads, kept = (
+            int(value(argument(attention, "q")).shape[1]),
+            f"{_width(found.latent)} features{shared}",
+        )
         return Verdict(True, f"{heads} heads attend over the {kept} that are stored; no slot is expanded")
 
     def gain(self, site: Site, workload: Workload, target: Target) -> CostDelta:
@@ -79,7 +82,9 @@ class AbsorbProjections(Pass):
         q = argument(attention, "q")
         store = _merge_stores(graph, site.name, found)
         rank, features = _width(found.latent), int(value(store).shape[3])
-        seen = store if features == rank else graph.emit(aten.slice.Tensor, store, 3, 0, rank, before=attention)
+        seen = store
+        if features > rank:
+            seen = graph.emit(aten.slice.Tensor, store, 3, 0, rank, before=attention)
         rest = [argument(attention, name) for name in _AFTER_VALUES]
         heads = _Heads(graph, found, int(value(q).shape[1]), attention)
         attended = graph.emit("cache_attention", heads.query(q), store, seen, *rest, before=attention)
@@ -115,12 +120,13 @@ def _used_elsewhere(found: Expansion, attention: Node) -> str | None:
     inside = {*found.nodes, attention}
     for store in _stores(found):
         appends = _appends(store)
-        readers = [n for n in store.users if n not in inside and n not in appends and op_name(n) != "aten.sym_size.int"]
-        if readers or len(appends) != 1:
-            return f"{store.meta['name']} is also read by {readers[0].name if readers else 'more than one append'}"
-    for node in found.nodes:
-        if any(user not in inside and op_name(user) != "aten.sym_size.int" for user in node.users):
-            return f"{node.name} is read by more than this attention"
+        if len(appends) != 1:
+            return f"{store.meta['name']} is written {len(appends)} times in a step"
+        inside.add(appends[0])
+    for node in (*_stores(found), *found.nodes):
+        readers = [user for user in node.users if user not in inside and op_name(user) != "aten.sym_size.int"]
+        if readers:
+            return f"{node.meta.get('name', node.name)} is also read by {readers[0].name}"
     return None
 
 
@@ -238,7 +244,7 @@ class _Heads:
         )
 
     def _features(self, q: Node, segment: Segment) -> Node:
-        """The query's features that meet a segment of the keys; an operand of ``q = cat(...)`` where it is one."""
+        """The features of q that meet a segment of the keys; a part of ``q = cat(...)`` where it is one."""
         if op_name(q) == "aten.cat.default" and argument(q, "dim") in (3, -1):
             at = 0
             for part in argument(q, "tensors"):
@@ -273,9 +279,7 @@ class _Heads:
         """``x [B, T, H, K]`` through one matrix a head, ``[B, T, H, N]``."""
         flat = self._emit(aten.reshape.default, x, [-1, self.heads, int(value(x).shape[3])])
         if self._index is None:
-            numbers = self._emit(
-                aten.arange.default, self.heads, dtype=torch.int64, device=value(x).device
-            )
+            numbers = self._emit(aten.arange.default, self.heads, dtype=torch.int64, device=value(x).device)
             rows = self._emit(aten.sym_size.int, flat, 0)
             self._index = self._emit(aten.expand.default, numbers, [rows, self.heads])
         mapped = self._emit("routed_linear", flat, self._index, weight, bias, transposed)

@@ -190,6 +190,11 @@ def registered_passes() -> dict[str, type[Pass]]:
     return dict(_REGISTRY)
 
 
+def describe_passes() -> dict[str, str]:
+    """Every pass with its summary and fidelity in one line."""
+    return {name: f"{cls.summary} ({cls.fidelity})" for name, cls in sorted(registered_passes().items())}
+
+
 def parse_pass(text: str | Pass) -> Pass:
     """``"place_cache{cut=kv}"`` as a pass object.
 

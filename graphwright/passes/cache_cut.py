@@ -24,7 +24,8 @@ _TOKEN_WISE_ATEN = {
     "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "exp", "tanh", "sigmoid", "silu", "gelu",
     "relu", "clamp", "_to_copy", "to", "type_as", "view", "reshape", "_unsafe_view", "transpose", "permute",
     "unsqueeze", "squeeze", "expand", "slice", "select", "cat", "stack", "flatten", "unflatten", "clone",
-    "contiguous", "split", "split_with_sizes", "chunk", "alias", "repeat_interleave", "sum", "mean", "dropout",
+    "contiguous", "split", "split_with_sizes", "chunk", "alias", "repeat_interleave", "sum", "mean",
+    "dropout",
 }  # fmt: skip
 _SIZE_OPS = {"aten.sym_size.int", "mul", "add", "floordiv", "sub"}
 _INFINITE = math.inf

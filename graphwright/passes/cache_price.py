@@ -65,7 +65,7 @@ def _row_bytes(node: Node) -> int:
 
 
 def _recompute_cost(site: Site, graph: Graph, nodes: Sequence[Node], window: int) -> Cost:
-    """Over the slots a step reads: all, or the window's. Memoized over the layers: alike layers recompute alike."""
+    """Over the slots a step reads: all, or the window's. Memoized: alike layers recompute alike."""
     if not nodes:
         return Cost()
     prices: dict[Any, Cost] = site.info["prices"]

@@ -21,7 +21,8 @@ from graphwright.ir.graph import Graph, argument, is_tensor, op_name, value
 # Operations that move elements and change none.
 _MOVES = {
     "view", "reshape", "_unsafe_view", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "slice",
-    "select", "cat", "flatten", "unflatten", "clone", "contiguous", "alias", "split", "split_with_sizes", "chunk",
+    "select", "cat", "flatten", "unflatten", "clone", "contiguous", "alias", "split",
+    "split_with_sizes", "chunk",
 }  # fmt: skip
 # Rows and slots that labels are made for: enough to tell a row from a slot.
 _ROWS, _SLOTS = 2, 3
@@ -234,9 +235,7 @@ def _constant(labels: torch.Tensor, dims: Sequence[int]) -> bool:
     return torch.equal(labels, first.expand_as(labels))
 
 
-def _runs(
-    origins: list[int], table: list[list[int]], nodes: list[Node], groups: int
-) -> list[Segment]:
+def _runs(origins: list[int], table: list[list[int]], nodes: list[Node], groups: int) -> list[Segment]:
     """Cut the features where the origin changes or a head's rows stop following one another."""
     starts = [0]
     for at in range(1, len(origins)):

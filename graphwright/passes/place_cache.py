@@ -137,8 +137,8 @@ def describe(site: Site, cut: Cut) -> str:
     if cut.is_keys_and_values:
         return f"stores keys and values, {cut.elements} elements a token{kept}"
     names = " and ".join(_origin(n) for n in cut.stored)
-    again = len(cut.recomputed)
-    return f"stores {names}, {cut.elements} elements a token{kept}, and recomputes keys and values ({again} ops)"
+    again = f"recomputes keys and values ({len(cut.recomputed)} ops)"
+    return f"stores {names}, {cut.elements} elements a token{kept}, and {again}"
 
 
 def _origin(node: Node) -> str:
@@ -204,13 +204,9 @@ def new_size(graph: Graph, hint: int) -> Any:
     return graph.fake_mode.from_tensor(torch.empty(hint), symbolic_context=context).shape[0]
 
 
-def add_store(
-    graph: Graph, name: str, groups: int, features: int, like: torch.Tensor, window: int
-) -> Node:
+def add_store(graph: Graph, name: str, groups: int, features: int, like: torch.Tensor, window: int) -> Node:
     """A state placeholder ``[B, G, S, D]``; stores with the same window share the symbol S."""
-    slots = next(
-        (value(n).shape[2] for n in graph.placeholders("state") if n.meta["window"] == window), None
-    )
+    slots = next((value(n).shape[2] for n in graph.placeholders("state") if n.meta["window"] == window), None)
     if slots is None:
         slots = new_size(graph, 37 + window)
     with graph.fake_mode:

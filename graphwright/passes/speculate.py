@@ -79,7 +79,8 @@ class Speculate(Pass):
             return Verdict(False, f"the program speculates already, with {graph.annotations['speculation']}")
         if not graph.placeholders("state"):
             return Verdict(False, "there is no cache: refused tokens could not be rolled back")
-        return Verdict(True, f"{self.drafter} drafts up to {self.tokens} tokens; refused ones are rolled back")
+        drafts = f"{self.drafter} drafts up to {self.tokens} tokens"
+        return Verdict(True, f"{drafts}; refused ones are rolled back")
 
     def gain(self, site: Site, workload: Workload, target: Target) -> CostDelta:
         price = predict_speculation(
@@ -110,9 +111,7 @@ class Speculate(Pass):
 
 def _check(option: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
-        raise PassError(
-            f"speculate has no {option} {given!r}", hint=f"choose one of {', '.join(known)}"
-        )
+        raise PassError(f"speculate has no {option} {given!r}", hint=f"choose one of {', '.join(known)}")
 
 
 def _check_range(option: str, given: float, low: float, high: float) -> None:
