@@ -11,11 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphwright.optimizer.catalog import codecs, drafters, passes, selectors, targets
     from graphwright.cost_model.target import Target
     from graphwright.cost_model.workload import Budget, Workload
     from graphwright.ir.errors import GraphwrightError
     from graphwright.optimizer.backend import report
+    from graphwright.optimizer.catalog import codecs, drafters, passes, selectors, targets
     from graphwright.optimizer.driver import optimize
     from graphwright.optimizer.optimized import OptimizedModel
     from graphwright.optimizer.report import Report

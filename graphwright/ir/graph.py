@@ -121,7 +121,7 @@ class Graph:
             return target(*args, **kwargs)
 
     def add_placeholder(self, kind: Kind, name: str, value: torch.Tensor) -> Node:
-        """Add a placeholder after the last one of its kind's group; ``value`` is a fake tensor."""
+        """Add a placeholder after the others; ``value`` is a fake tensor."""
         last = None
         for node in self.fx.nodes:
             if node.op != "placeholder":
@@ -144,7 +144,8 @@ class Graph:
     def copy(self) -> Graph:
         """An independent copy (nodes and metadata; parameters are shared)."""
         fresh = torch.fx.Graph()
-        outputs = fresh.graph_copy(self.fx, mapping := {})
+        mapping: dict[Node, Node] = {}
+        outputs = fresh.graph_copy(self.fx, mapping)
         fresh.output(outputs)
         for old, new in mapping.items():
             new.meta = dict(old.meta)

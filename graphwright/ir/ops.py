@@ -314,9 +314,7 @@ def attention(
     "cache_append(Tensor(a!) store, Tensor new, Tensor lengths, Tensor counts) -> ()",
     fake=lambda store, new, lengths, counts: None,
 )
-def cache_append(
-    store: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor
-) -> None:
+def cache_append(store: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor) -> None:
     """Write the step's tokens into a cache; token t of row b goes to slot ``(lengths[b] + t) % S``.
 
     Args:
@@ -428,9 +426,7 @@ def append_attention(
     """:func:`cache_append` of keys and values, then :func:`cache_attention`, in one launch."""
     cache_append(keys, k, lengths, counts)
     cache_append(values, v, lengths, counts)
-    return cache_attention(
-        q, keys, values, positions, lengths, counts, tree, scale, window, softcap, sinks
-    )
+    return cache_attention(q, keys, values, positions, lengths, counts, tree, scale, window, softcap, sinks)
 
 
 @semantic_op(

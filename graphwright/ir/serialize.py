@@ -9,39 +9,36 @@ storage offsets are not kept, and neither are stack traces.
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import itertools
 import json
 import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import sympy
 import torch
 import torch.fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import Node
 
 from graphwright.ir.errors import GraphwrightError, PlanError
 from graphwright.ir.graph import Graph, module_path, value
+from graphwright.ir.sizes import describe_symbol, new_symbol, parse_size
 
 SCHEMA = "graphwright.graph/1"
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
-    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "getitem")
-    + ("eq", "ne", "lt", "le", "gt", "ge")
+    for name in (
+        *("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "getitem"),
+        *("eq", "ne", "lt", "le", "gt", "ge"),
+    )
 }
 _OPERATOR_NAMES = {function: name for name, function in _OPERATORS.items()}
 _NAMESPACES = ("aten", "graphwright", "prims")
 _REFUSED = frozenset({"from_file"})  # reads and maps files
 _KINDS = ("input", "parameter", "state")
 _CONSTANTS = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
-_LONGEST_SIZE = 1000
 # What reading a document of the wrong form can raise.
 _UNREADABLE = (
     LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, SyntaxError, MemoryError
@@ -180,7 +177,10 @@ class _Writer:
     def type(self, val: Any) -> Any:
         """``[dtype, shape, stride]`` with the device if it is another; a size; or a list of types."""
         if isinstance(val, torch.Tensor):
-            row = [str(val.dtype).removeprefix("torch."), *([self.size(s) for s in d] for d in (val.shape, val.stride()))]
+            row = [
+                str(val.dtype).removeprefix("torch."),
+                *([self.size(s) for s in d] for d in (val.shape, val.stride())),
+            ]
             return {"tensor": row if str(val.device) == self.device else [*row, str(val.device)]}
         if isinstance(val, list | tuple):
             return {"tuple": [None if v is None else self.type(v) for v in val]}
@@ -194,20 +194,8 @@ class _Writer:
         expr, env = size.node.expr, size.node.shape_env
         for symbol in sorted(expr.free_symbols, key=str):
             if str(symbol) not in self.symbols:
-                self.symbols[str(symbol)] = _describe_symbol(symbol, env)
+                self.symbols[str(symbol)] = describe_symbol(symbol, env)
         return int(expr) if expr.is_Integer else str(expr)
-
-
-def _describe_symbol(symbol: Any, env: Any) -> dict[str, int]:
-    """The size at capture time, and what is known about all sizes beyond "at least two"."""
-    known = getattr(env, "backed_var_to_val", None) or env.var_to_val
-    found = {"hint": int(known[symbol])}
-    bounds = env.var_to_range.get(symbol)
-    if bounds is not None and isinstance(bounds.upper, sympy.Integer):
-        found["upper"] = int(bounds.upper)
-    if bounds is not None and isinstance(bounds.lower, sympy.Integer) and bounds.lower > 2:
-        found["lower"] = int(bounds.lower)
-    return found
 
 
 def _plain(annotations: Any) -> Any:
@@ -229,7 +217,7 @@ class _Reader:
         self.data, self.available, self.device = data, parameters, device
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
-        self.symbols = {name: _new_symbol(self.env, name, about) for name, about in data["symbols"].items()}
+        self.symbols = {name: new_symbol(self.env, name, about) for name, about in data["symbols"].items()}
         self.sizes: dict[str, Any] = {}
         self.types = [self.type(row) for row in data["types"]]
         self.nodes: dict[str, Node] = {}
@@ -338,9 +326,7 @@ class _Reader:
         if isinstance(text, int):
             return text
         if text not in self.sizes:
-            if len(text) > _LONGEST_SIZE:
-                raise _damaged(f"a size of {len(text)} characters")
-            self.sizes[text] = _evaluate(ast.parse(text, mode="eval").body, self.symbols)
+            self.sizes[text] = parse_size(text, self.symbols)
         return self.sizes[text]
 
 
@@ -365,64 +351,3 @@ def _constant(tag: str, name: str) -> Any:
     if not isinstance(found, _CONSTANTS[tag]):
         raise _damaged(f"{name!r} is not a {tag}")
     return found
-
-
-# --- symbolic sizes ------------------------------------------------------------------------------
-
-
-def _new_symbol(env: ShapeEnv, name: str, about: Mapping[str, int]) -> Any:
-    """A fresh dynamic size, under the same name where torch allows: compilers key their caches on it."""
-    source = ConstantSource(_source_for(name))
-    hint = int(about["hint"])
-    symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-    if "lower" in about or "upper" in about:
-        bounds = env.var_to_range[symbol]
-        env.constrain_symbol_range(symbol, about.get("lower", 2), about.get("upper", bounds.upper))
-    return env.create_symintnode(symbol, hint=hint, source=source)
-
-
-def _source_for(name: str) -> str:
-    """A source from whose name torch derives the symbol ``name`` (its number is a hash modulo 100)."""
-    wanted = name.lstrip("s")
-    for serial in itertools.count():
-        source = f"graphwright_{name}_{serial}"
-        number = int(hashlib.sha256(source.encode()).hexdigest(), 16) % 100
-        if str(number) == wanted or serial == 2000:
-            return source
-    raise AssertionError("the loop above ends")
-
-
-_INFIX: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "Max": torch.sym_max,
-    "Min": torch.sym_min,
-    "Mod": operator.mod,
-    "PythonMod": operator.mod,
-    "FloorDiv": operator.floordiv,
-}
-
-
-def _evaluate(tree: ast.expr, symbols: Mapping[str, Any]) -> Any:
-    """Arithmetic over integers and known symbols; anything else is refused."""
-    if isinstance(tree, ast.Constant) and type(tree.value) is int:
-        return tree.value
-    if isinstance(tree, ast.Name) and tree.id in symbols:
-        return symbols[tree.id]
-    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
-        return -_evaluate(tree.operand, symbols)
-    if isinstance(tree, ast.BinOp) and type(tree.op) in _INFIX:
-        left, right = _evaluate(tree.left, symbols), _evaluate(tree.right, symbols)
-        if isinstance(tree.op, ast.Pow) and (not isinstance(right, int) or not 0 <= right <= 8):
-            raise _damaged("a size with an exponent outside 0 .. 8")
-        return _INFIX[type(tree.op)](left, right)
-    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in _FUNCTIONS:
-        if len(tree.args) == 2 and not tree.keywords:
-            return _FUNCTIONS[tree.func.id](*(_evaluate(a, symbols) for a in tree.args))
-    raise _damaged(f"a size with {ast.dump(tree)[:80]}")

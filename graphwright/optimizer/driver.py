@@ -75,7 +75,7 @@ def optimize(
     with progress.step("building the C++ kernels, once"):
         build_kernels(model.device)
     with progress.step("lowering"):
-        step, fallbacks = lower_planned(planned, model.device)
+        step, fallbacks = lower_planned(planned.graph, model.device)
     report = describe(model, planned, step, notes, before, fallbacks)
     program = make_program(model, planned.graph, step)
     with progress.step("checking against the stock model"):
@@ -89,7 +89,7 @@ def optimize(
         plan=planned.plan,
         report=report,
         graph=planned.graph,
-        identity=model,
+        stock=model,
     )
 
 
@@ -116,16 +116,16 @@ def build_kernels(device: torch.device) -> None:
         available()
 
 
-def lower_planned(planned: Planned, device: torch.device) -> tuple[LoweredStep, list[Decision]]:
+def lower_planned(graph: Graph, device: torch.device) -> tuple[LoweredStep, list[Decision]]:
     """Lower with Inductor if the plan says so; without a working compiler, op by op, and say so."""
-    wanted = bool(planned.graph.annotations.get("compile"))
+    wanted = bool(graph.annotations.get("compile"))
     try:
-        return lower(planned.graph, device, LoweringOptions(compile=wanted)), []
+        return lower(graph, device, LoweringOptions(compile=wanted)), []
     except Exception as error:
         if not wanted:
             raise
         reason = f"Inductor failed, the program runs op by op: {str(error).strip().splitlines()[0][:200]}"
-        step = lower(planned.graph, device, LoweringOptions(compile=False))
+        step = lower(graph, device, LoweringOptions(compile=False))
         return step, [Decision("compile_layers", "", Status.FALLBACK, reason, None, None, "reordered")]
 
 

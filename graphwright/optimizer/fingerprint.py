@@ -33,13 +33,14 @@ _FRAMEWORKS = (
     | sys.stdlib_module_names
 )
 # Loading, saving and generating: transformers' base classes mix them into every model.
-_MACHINERY = ("transformers.modeling_utils", "transformers.generation", "transformers.utils",
-              "transformers.integrations", "transformers.core_model_loading", "transformers.distributed")  # fmt: skip
-_OWN_SOURCES = ("ir", "optimizer/capture.py", "optimizer/export.py", "optimizer/graph_cache.py")
-_CONFIG_NOISE = (
-    frozenset({"_name_or_path", "_model_name_or_path", "_commit_hash", "transformers_version"})
-    | frozenset({"_attn_implementation", "_attn_implementation_internal", "_experts_implementation"})
+_MACHINERY = tuple(
+    f"transformers.{name}"
+    for name in ("modeling_utils", "generation", "utils", "integrations", "core_model_loading", "distributed")
 )
+_OWN_SOURCES = ("ir", "optimizer/capture.py", "optimizer/export.py", "optimizer/graph_cache.py")
+_CONFIG_NOISE = frozenset(
+    {"_name_or_path", "_model_name_or_path", "_commit_hash", "transformers_version"}
+) | frozenset({"_attn_implementation", "_attn_implementation_internal", "_experts_implementation"})
 _ATTRIBUTE_NOISE = frozenset(
     {"name_or_path", "generation_config", "_parameters", "_buffers", "_modules", "_backward_hooks"}
     | {"_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"}
@@ -131,7 +132,9 @@ class _Fingerprint:
         for name, tensor in named:
             owner = first.setdefault(id(tensor), name)
             kind = type(tensor).__qualname__
-            self.add(name, owner, kind, str(tensor.dtype), tuple(tensor.shape), tensor.stride(), tensor.device.type)
+            self.add(
+                name, owner, kind, str(tensor.dtype), tuple(tensor.shape), tensor.stride(), tensor.device.type
+            )
 
     def module(self, name: str, module: torch.nn.Module) -> None:
         if any(getattr(module, hooks, None) for hooks in _HOOKS):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from graphwright.ir.graph import Graph
 from graphwright.optimizer.planner import Plan
 from graphwright.optimizer.report import Report
@@ -19,6 +21,7 @@ class OptimizedModel(runtime.OptimizedModel):
     Attributes:
         plan: the passes that were applied, and what for.
         graph: the rewritten graph.
+        stock: the model that it was made from; it owns the weights.
     """
 
     program: Program
@@ -33,13 +36,13 @@ class OptimizedModel(runtime.OptimizedModel):
         plan: Plan,
         report: Report,
         graph: Graph,
-        identity: Any,
+        stock: PreTrainedModel,
     ) -> None:
         super().__init__(program, config=config, generation_config=generation_config, speculation=speculation)
         self.plan = plan
         self.graph = graph
         self._report = report
-        self._identity = identity
+        self.stock = stock
 
     @property
     def report(self) -> Report:

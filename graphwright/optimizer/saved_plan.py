@@ -194,15 +194,15 @@ def check_plan(plan: SavedPlan, model: PreTrainedModel, target: str | None = Non
     Raises:
         PlanError: lists every field that differs, with the saved value and this one.
     """
+    now = machine.versions()
     own = {
         "target": plan.target if target is None else target,
         "model": describe_model(model),
         "machine": describe_machine(model.device),
-        "versions": machine.versions(),
+        "versions": {name: now[name] for name in _VERSIONS},
     }
     versions = {name: plan.versions.get(name) for name in _VERSIONS}
     saved = {"target": plan.target, "model": plan.model, "machine": plan.machine, "versions": versions}
-    own["versions"] = {name: own["versions"][name] for name in _VERSIONS}
     found = list(_differences(saved, own))
     if not found:
         return
@@ -240,7 +240,8 @@ def load_plan(
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """What a plan depends on: class, configuration, and shape and dtype of every tensor."""
     tensors = {
-        name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in model_tensors(model).items()
+        name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+        for name, t in model_tensors(model).items()
     }
     config = {k: v for k, v in clean_config(model.config).items() if k not in _GENERATION}
     return {"class": type(model).__name__, "config": config, "tensors": tensors}
@@ -362,4 +363,5 @@ def _differences(saved: Any, own: Any, name: str = "") -> Iterator[tuple[str, st
             inner = f"{name}.{key}" if name else str(key)
             yield from _differences(saved.get(key), own.get(key), inner)
     elif saved != own:
-        yield name, *("nothing" if v is None else str(v)[:120] for v in (saved, own))
+        then, now = ("nothing" if v is None else str(v)[:120] for v in (saved, own))
+        yield name, then, now

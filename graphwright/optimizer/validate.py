@@ -69,7 +69,9 @@ def check_calibration(calibration: Any, vocab_size: int) -> list[torch.Tensor] |
         )
     rows = [_calibration_row(row, index, vocab_size) for index, row in enumerate(calibration)]
     if not rows:
-        raise InputError("calibration is empty", where="calibration", hint="leave it out for synthetic tokens")
+        raise InputError(
+            "calibration is empty", where="calibration", hint="leave it out for synthetic tokens"
+        )
     return rows
 
 
@@ -81,7 +83,9 @@ def _calibration_row(row: Any, index: int, vocab_size: int) -> torch.Tensor:
             raise TypeError("it is text")
         ids = torch.as_tensor(row).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"a prompt is not a sequence of token ids: {error}", where=where, hint=hint) from None
+        raise InputError(
+            f"a prompt is not a sequence of token ids: {error}", where=where, hint=hint
+        ) from None
     if ids.dim() == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.dim() != 1 or ids.numel() == 0:
@@ -156,7 +160,9 @@ def _check_architecture(model: PreTrainedModel) -> None:
     causal = any(getattr(module, "is_causal", None) for module in model.modules())
     if getattr(text, "is_decoder", None) is False and not causal:
         raise UnsupportedModelError(
-            "the model is an encoder: its attention looks ahead", where=name, hint=f"set is_decoder, or {_LOAD}"
+            "the model is an encoder: its attention looks ahead",
+            where=name,
+            hint=f"set is_decoder, or {_LOAD}",
         )
     if not model.can_generate():
         raise UnsupportedModelError(
@@ -177,7 +183,9 @@ def _check_quantized(model: PreTrainedModel) -> None:
         method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", how)
         method = str(getattr(method, "value", method))
         raise UnsupportedModelError(
-            f"the model is quantized ({method})", where=f"{name}.config.quantization_config", hint=_unquantized(method)
+            f"the model is quantized ({method})",
+            where=f"{name}.config.quantization_config",
+            hint=_unquantized(method),
         )
     for key, tensor in model.named_parameters():
         packed = tensor.dtype not in _WEIGHT_DTYPES

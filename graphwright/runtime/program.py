@@ -124,10 +124,7 @@ class Program:
             chunk = tokens[:, start : start + self._chunk]
             valid = (counts - start).clamp(0, chunk.shape[1])
             logits = self.step(state, chunk, valid, logits="last")[:, 0]
-            if result is None:
-                result = logits
-            else:
-                result = torch.where((valid > 0)[:, None], logits, result)
+            result = logits if result is None else torch.where((valid > 0)[:, None], logits, result)
             state.commit(valid)
         assert result is not None, "a prompt has at least one token"
         return result

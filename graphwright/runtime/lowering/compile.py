@@ -33,6 +33,7 @@ _OPTIONS: dict[str, Any] = {
     "force_pointwise_cat": True,  # rotary halves written in one loop
 }
 
+
 def run_as_is(piece: Piece) -> Runner:
     """The piece interpreted by generated Python, op by op."""
     piece.module.recompile()
@@ -65,9 +66,7 @@ def _distinct(fake: Any) -> Any:
         return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 
 
-def expand_bodies(
-    module: torch.fx.GraphModule, names: Collection[str] = EXPANDED
-) -> torch.fx.GraphModule:
+def expand_bodies(module: torch.fx.GraphModule, names: Collection[str] = EXPANDED) -> torch.fx.GraphModule:
     """A copy with the reference bodies of the named ops in the place of their calls.
 
     Calls that a kernel was selected for stay as they are. Nodes of arithmetic, placeholders and the
@@ -77,7 +76,7 @@ def expand_bodies(
     mapping: dict[Node, Any] = {}
     for node in module.graph.nodes:
         name = semantic_name(node)
-        if name in names and node.target is SEMANTIC_OPS[name].overload:
+        if name is not None and name in names and node.target is SEMANTIC_OPS[name].overload:
             mapping[node] = _paste_body(graph, node, mapping)
         elif node.op == "output":
             graph.output(torch.fx.node.map_arg(node.args[0], mapping.__getitem__))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx.node import Node
@@ -41,9 +42,7 @@ def expand_feed_forward(graph: Graph) -> None:
         x, gate, up, down = (argument(node, name) for name in ("x", "gate", "up", "down"))
         gated = graph.emit("linear", x, gate, argument(node, "gate_bias"), before=node)
         raised = graph.emit("linear", x, up, argument(node, "up_bias"), before=node)
-        hidden = graph.emit(
-            torch.ops.aten.mul.Tensor, _activation(graph, gated, node), raised, before=node
-        )
+        hidden = graph.emit(torch.ops.aten.mul.Tensor, _activation(graph, gated, node), raised, before=node)
         _finish(graph, node, graph.emit("linear", hidden, down, argument(node, "down_bias"), before=node))
     for node in graph.calls("mlp"):
         x, up, down = (argument(node, name) for name in ("x", "up", "down"))
@@ -120,7 +119,7 @@ def select_kernels(graph: Graph, device: torch.device) -> list[KernelUse]:
     return [KernelUse(op, provider, n, reason) for (op, provider, reason), n in uses.items()]
 
 
-def _fake_arguments(node: Node) -> dict[str, object]:
+def _fake_arguments(node: Node) -> dict[str, Any]:
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
     found = {}

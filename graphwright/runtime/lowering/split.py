@@ -31,32 +31,21 @@ class Piece:
 
 def split_layers(graph: Graph) -> list[Piece]:
     """Pieces in execution order: before the layers, each layer, after the layers."""
+    nodes = [n for n in graph.nodes if n.op == "call_function" and _carries_data(n)]
+    layers = [layer_of(n) for n in nodes]
+    last = max((i for i, layer in enumerate(layers) if layer is not None), default=len(nodes))
     groups: list[list[Node]] = []
-    current: Any = ()
-    seen: set[Any] = set()
-    for node in graph.nodes:
-        if node.op != "call_function" or not _carries_data(node):
-            continue
-        layer = layer_of(node)
-        # Nodes outside a layer list join the layer they stand in, until the last layer has ended.
-        if not groups or (layer is not None and layer not in seen) or (layer is None and _after(node, groups)):
-            if not groups or layer != current:
-                groups.append([])
-                current = layer
-                if layer is not None:
-                    seen.add(layer)
+    current: Any = None
+    for index, (node, layer) in enumerate(zip(nodes, layers, strict=True)):
+        if index > last:
+            key: Any = "tail"
+        else:  # a node outside the layer list joins the layer it stands in
+            key = current if layer is None else layer
+        if not groups or key != current:
+            groups.append([])
+            current = key
         groups[-1].append(node)
-    return [_piece(graph, nodes) for nodes in groups if nodes]
-
-
-def _after(node: Node, groups: list[list[Node]]) -> bool:
-    """Whether a node outside the layer list starts the tail: no layer node follows it."""
-    later = node.next
-    while later.op != "root" and later.op != "output":
-        if later.op == "call_function" and layer_of(later) is not None:
-            return False
-        later = later.next
-    return layer_of(groups[-1][-1]) is not None
+    return [_piece(graph, group) for group in groups]
 
 
 def _carries_data(node: Node) -> bool:

@@ -1,0 +1,90 @@
+"""``save`` and ``load``: a program without searching again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from graphwright.cost_model.workload import Budget, Workload
+from graphwright.ir.errors import PlanError
+from graphwright.optimizer.driver import build_kernels, lower_planned, make_program, speculation_of
+from graphwright.optimizer.optimized import OptimizedModel
+from graphwright.optimizer.planner import Plan
+from graphwright.optimizer.progress import Progress
+from graphwright.optimizer.report import Report
+from graphwright.optimizer.saved_plan import SavedPlan, load_plan, save_plan
+from graphwright.optimizer.validate import check_model
+
+
+def save(fast: OptimizedModel, directory: Path) -> None:
+    """Write the plan, the rewritten graph and the report of a program."""
+    plan = fast.plan
+    save_plan(
+        directory,
+        fast.stock,
+        plan={
+            "passes": list(plan.passes),
+            "target": plan.target,
+            "workload": asdict(plan.workload),
+            "budget": asdict(plan.budget),
+            "seconds_per_token": plan.seconds_per_token,
+            "memory_bytes": plan.memory_bytes,
+        },
+        report_json=fast.report.to_json(),
+        graph=fast.graph,
+    )
+
+
+def load(directory: str | Path, model: PreTrainedModel) -> OptimizedModel:
+    """A program that :meth:`OptimizedModel.save` wrote, over the weights of ``model``.
+
+    Neither captures nor searches; Inductor's cache on disk holds what was compiled.
+
+    Args:
+        directory: what was saved.
+        model: a model of the same class, configuration, shapes and dtypes; never changed.
+
+    Raises:
+        PlanError: the plan was cut off or edited, or made for another model, shape or machine; the
+            difference is spelt out.
+        GraphwrightError: the model cannot be run, as for ``optimize``.
+    """
+    progress = Progress()
+    with progress.step("checking the model"):
+        check_model(model)
+    with progress.step("reading the plan"):
+        saved, graph = load_plan(directory, model)
+        if graph is None:
+            raise PlanError(
+                "the saved plan holds no graph", where=str(directory), hint="save it again with save()"
+            )
+    with progress.step("building the C++ kernels, once"):
+        build_kernels(model.device)
+    with progress.step("lowering"):
+        step, fallbacks = lower_planned(graph, model.device)
+    report = Report.from_json(saved.report_json, where=str(directory))
+    report.decisions += fallbacks
+    report.measured["seconds"] = {key: round(took, 3) for key, took in progress.seconds.items()}
+    return OptimizedModel(
+        make_program(model, graph, step),
+        config=model.config,
+        generation_config=model.generation_config,
+        speculation=speculation_of(graph),
+        plan=_plan(saved),
+        report=report,
+        graph=graph,
+        stock=model,
+    )
+
+
+def _plan(saved: SavedPlan) -> Plan:
+    return Plan(
+        tuple(saved.passes),
+        saved.target,
+        Workload(**saved.workload),
+        Budget(**saved.budget),
+        float(saved.more["seconds_per_token"]),
+        float(saved.more["memory_bytes"]),
+    )
