@@ -203,7 +203,8 @@ def _routed_linear_fake(x, index, weight, bias=None, transposed=False):  # type:
 
 
 @semantic_op(
-    "routed_linear(Tensor x, Tensor index, Tensor weight, Tensor? bias=None, bool transposed=False) -> Tensor",
+    "routed_linear(Tensor x, Tensor index, Tensor weight, Tensor? bias=None, bool transposed=False) "
+    "-> Tensor",
     fake=_routed_linear_fake,
 )
 def routed_linear(

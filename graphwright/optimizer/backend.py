@@ -25,7 +25,7 @@ from graphwright.ir.errors import InputError
 from graphwright.ir.graph import Graph
 from graphwright.ir.printer import to_python
 from graphwright.optimizer.backend_graph import NotExpressible, export_graph, import_graph, keep_aliases
-from graphwright.optimizer.backend_lowering import Lowered, lower_for_inductor, masked_attention
+from graphwright.optimizer.backend_lowering import MANY_ROWS, Lowered, lower_for_inductor, masked_attention
 from graphwright.optimizer.backend_records import (
     GraphRecord,
     forget,
@@ -213,7 +213,10 @@ def _note_kernels(record: GraphRecord, lowered: Lowered) -> None:
         record.kernels.append(
             {"op": "linear", "provider": "inductor", "reason": f"{_calls(count)}; {reason}"}
         )
-        record.decide("kernel{op=linear}", Status.UNPROFITABLE, f"{_calls(count)} left to Inductor: {reason}")
+        status = Status.UNPROFITABLE if reason == MANY_ROWS else Status.FALLBACK
+        if "it does not serve" in reason:  # no provider has kernels for this device: nothing is lost
+            status = Status.NOT_FOUND
+        record.decide("kernel{op=linear}", status, f"{_calls(count)} left to Inductor: {reason}")
 
 
 def _calls(count: int) -> str:

@@ -29,6 +29,7 @@ aten = torch.ops.aten
 
 # Up to here our linear kernels stream each weight once; beyond they call the library themselves.
 KERNEL_ROWS = 64
+MANY_ROWS = f"always more than {KERNEL_ROWS} rows, where the library is as fast and Inductor can fuse"
 # Ops that are always written out: the plain ones, and attention that no library call expresses.
 _BODIES = (*EXPANDED, "attention")
 
@@ -98,7 +99,7 @@ def _library_reason(arguments: dict[str, Node | None], device: torch.device) -> 
     assert x is not None
     least, _ = rows(value(x))
     if least > KERNEL_ROWS:
-        return f"always more than {KERNEL_ROWS} rows, where the library is as fast and Inductor can fuse"
+        return MANY_ROWS
     fakes = {name: None if node is None else value(node) for name, node in arguments.items()}
     kernel = select("linear", device, **fakes)
     return kernel.reason if kernel.provider == REFERENCE else None

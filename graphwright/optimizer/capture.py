@@ -89,6 +89,8 @@ def _attention_forward(
     """transformers' attention signature: query ``[B, H, T, D]``, key and value ``[B, G, T, D]``."""
     if attention_mask is not None:
         raise RuntimeError("graphwright: this attention builds a mask of its own")
+    if key.shape[2] != query.shape[2]:
+        raise RuntimeError("graphwright: this attention takes the keys of one call, not those of a cache")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise RuntimeError("graphwright: this attention is not causal")
     if kwargs.get("position_bias") is not None:
@@ -100,8 +102,11 @@ def _attention_forward(
     return out, None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def _no_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
     """Masks are implied by the attention op: causal, with the window that it is given."""
+    given = attention_mask is not None and not torch.compiler.is_compiling()
+    if given and attention_mask is not None and not bool(attention_mask.all()):
+        raise RuntimeError("graphwright: a model prepared for capture takes no padding")
     return None
 
 

@@ -23,7 +23,7 @@ from graphwright.optimizer.validate import check_calibration, check_model
 from graphwright.passes.base import Pass
 from graphwright.runtime.lowering import LoweredStep, LoweringOptions, lower
 from graphwright.runtime.program import Program
-from graphwright.runtime.speculation import Speculation, make_drafter
+from graphwright.runtime.speculation import Speculation, make_speculation
 
 
 def optimize(
@@ -71,7 +71,10 @@ def optimize(
     with progress.step("planning"):
         request = Request(machine_target, workload, budget, max_positions(model.config))
         calibrated = check_calibration(calibration, vocabulary(graph))
-        planned = plan_exact(graph, request) if passes is None else plan_given(graph, passes, request)
+        if passes is None:
+            planned = plan_exact(graph, request, calibrated)
+        else:
+            planned = plan_given(graph, passes, request)
     with progress.step("building the C++ kernels, once"):
         build_kernels(model.device)
     with progress.step("lowering"):
@@ -227,22 +230,7 @@ def _kernel_fallbacks(step: LoweredStep, device: torch.device, target: str) -> l
 def speculation_of(graph: Graph) -> Speculation | None:
     """The drafter that the plan put into the graph's annotations."""
     chosen = graph.annotations.get("speculation")
-    if chosen is None:
-        return None
-    return make_speculation(chosen)
-
-
-def make_speculation(chosen: dict[str, Any]) -> Speculation:
-    """A drafter and its length rule from plain options."""
-    from graphwright.runtime.speculation import AdaptiveLength, FixedLength
-
-    drafter = make_drafter(chosen["drafter"], tokens=chosen["tokens"], max_ngram=chosen["max_ngram"])
-    rule = (
-        AdaptiveLength(high=chosen["tokens"])
-        if chosen["rule"] == "adaptive"
-        else FixedLength(chosen["tokens"])
-    )
-    return Speculation(drafter, rule)
+    return None if chosen is None else make_speculation(chosen)
 
 
 def vocabulary(graph: Graph) -> int:

@@ -48,7 +48,9 @@ class OptimizedModel(runtime.OptimizedModel):
     def report(self) -> Report:
         """Every decision: why, predicted, measured; with the speculation statistics so far."""
         if self.speculation is not None:
-            self._report.speculation = {k: v for k, v in self.stats().items() if k not in ("last", "by_drafter")}
+            self._report.speculation = {
+                k: v for k, v in self.stats().items() if k not in ("last", "by_drafter")
+            }
         return self._report
 
     def memory(self) -> dict[str, int]:

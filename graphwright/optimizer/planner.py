@@ -18,6 +18,7 @@ from graphwright.ir.errors import BudgetError, PassError
 from graphwright.ir.graph import Graph
 from graphwright.optimizer.report import Decision, Status
 from graphwright.passes.base import Pass, SiteRecord, order_passes, parse_pass
+from graphwright.runtime.speculation.acceptance import measure_acceptance
 
 #: Ways to give the program a cache, from which the fastest that fits is taken.
 STORAGE_ALTERNATIVES: tuple[tuple[str, ...], ...] = (
@@ -25,8 +26,7 @@ STORAGE_ALTERNATIVES: tuple[tuple[str, ...], ...] = (
     ("place_cache{cut=minimum}",),
     ("place_cache{cut=minimum}", "absorb_projections"),
 )
-#: Exact passes that are asked one by one, in this order, whether they pay.
-EXACT_PASSES: tuple[str, ...] = ("compile_layers", "speculate{drafter=ngram}")
+_DRAFTER, _DRAFT_TOKENS = "ngram", 8
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,26 @@ def plan_given(graph: Graph, passes: Sequence[str | Pass], request: Request) -> 
     return _planned(graph, applied, decisions, baseline, request)
 
 
-def plan_exact(graph: Graph, request: Request) -> Planned:
+def further_passes(calibration: Sequence[Any] | None) -> list[str]:
+    """Exact passes that are asked one by one, in this order, whether they pay.
+
+    Drafts are priced with the acceptance measured on the calibration text, if there is one.
+    """
+    speculate = f"speculate{{drafter={_DRAFTER}}}"
+    if calibration:
+        rows = [[int(token) for token in row] for row in calibration]
+        measured = measure_acceptance(_DRAFTER, rows, _DRAFT_TOKENS)
+        speculate = f"speculate{{drafter={_DRAFTER},acceptance={measured:.3f}}}"
+    return ["compile_layers", speculate]
+
+
+def plan_exact(graph: Graph, request: Request, calibration: Sequence[Any] | None = None) -> Planned:
     """Choose among the exact passes.
+
+    Args:
+        graph: the canonical graph; stays as it is.
+        request: what is planned for.
+        calibration: token sequences to measure acceptance on.
 
     Raises:
         BudgetError: nothing fits the memory or the latency; names the closest plan.
@@ -119,7 +137,7 @@ def plan_exact(graph: Graph, request: Request) -> Planned:
     decisions = best.decisions + [d for o in options if o is not best for d in o.as_refused(best)]
     _check_memory(best, request)
     applied = list(best.applied)
-    for text in EXACT_PASSES:
+    for text in further_passes(calibration):
         chosen = parse_pass(text)
         chosen = chosen.resolve(best.graph, request.workload, request.target, request.memory_limit)
         records = chosen(best.graph, request.workload, request.target)
@@ -237,7 +255,7 @@ def _check_memory(best: _Option, request: Request) -> None:
             f"no plan fits: the smallest needs {best.memory / 2**30:.3g} GiB, the limit is "
             f"{request.memory_limit / 2**30:.3g} GiB",
             where=f"{request.target.name}, {request.workload}",
-            hint=f"the closest plan is {best.applied}; shorten the workload, lower the batch, or raise the limit",
+            hint=f"the closest plan is {best.applied}; shorten the workload or raise the limit",
         )
 
 
@@ -248,5 +266,5 @@ def _check_latency(planned: Planned, request: Request) -> None:
             f"no plan is fast enough: {planned.plan.seconds_per_token * 1e3:.3g} ms a token predicted, "
             f"{wanted * 1e3:.3g} ms asked for",
             where=f"{request.target.name}, {request.workload}",
-            hint=f"the closest plan is {list(planned.plan.passes)}; shorten the context or take a faster target",
+            hint=f"the closest plan is {list(planned.plan.passes)}; shorten the context",
         )

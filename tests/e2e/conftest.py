@@ -10,7 +10,7 @@ import pytest
 from graphwright.runtime.model import OptimizedModel
 from tests.e2e.fake_program import ReferenceProgram, tiny_model
 
-# The programs that every generation test runs on: "real" compiles with graphwright.optimize, "fake" recomputes.
+# What the generation tests run on: "real" compiles with graphwright.optimize, "fake" recomputes.
 PROGRAMS = ["real"]
 
 

@@ -105,7 +105,7 @@ def test_entry_point_is_found_without_importing_graphwright() -> None:
 
 @pytest.mark.slow
 def test_static_cache_prefill_and_decode_equal_eager() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama", layers=1)
     compiled = torch.compile(model, backend="graphwright")
     tokens, logits, cache = decode(model, model)
     got_tokens, got_logits, got_cache = decode(model, compiled)
@@ -116,7 +116,7 @@ def test_static_cache_prefill_and_decode_equal_eager() -> None:
         torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-4)
     report = gw.report(compiled)
     assert not fallbacks(report)
-    assert report.ops == {"rms_norm": 10, "rotary": 8, "linear": 18, "gated_mlp": 4}  # prefill and decode
+    assert report.ops == {"rms_norm": 6, "rotary": 4, "linear": 10, "gated_mlp": 2}  # prefill and decode
     assert any("the mask is a tensor" in text for text in report.near_misses)
 
 
@@ -140,7 +140,7 @@ def test_gradients_go_to_inductor_untouched_and_train() -> None:
 # --- models --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "deepseek_v3"])
 def test_static_cache_of_other_architectures(name: str, op_by_op: list[torch.fx.GraphModule]) -> None:
     model = tiny_model(name)
     compiled = torch.compile(model, backend="graphwright")
@@ -149,7 +149,9 @@ def test_static_cache_of_other_architectures(name: str, op_by_op: list[torch.fx.
     assert torch.equal(tokens, got_tokens)
     torch.testing.assert_close(got_logits, logits, atol=1e-5, rtol=1e-4)
     report = gw.report(compiled)
-    assert not fallbacks(report)
+    # GPT-2 stores its matrices transposed, which the linear kernel does not take: the only fallback.
+    expected = {"kernel{op=linear}"} if name == "gpt2" else set()
+    assert {d.pass_name for d in report.by_status(Status.FALLBACK)} == expected
     assert report.ops["linear"] >= 10
 
 
@@ -194,6 +196,38 @@ def test_dynamic_shapes_need_one_graph(op_by_op: list[torch.fx.GraphModule]) -> 
     assert gw.report(compiled).ops == {"layer_norm": 1, "mlp": 1}
 
 
+class Scaled(nn.Module):
+    """Reads a setting of its own, and a number that the caller passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(16, 16), 0.3
+
+    def forward(self, x: torch.Tensor, shift: float | None = None) -> torch.Tensor:
+        scaled = self.linear(x) * self.scale
+        return scaled if shift is None else scaled + shift
+
+
+def test_settings_of_modules_are_constants_and_guarded(op_by_op: list[torch.fx.GraphModule]) -> None:
+    model, x = Scaled(), torch.randn(3, 16)
+    compiled = torch.compile(model, backend="graphwright", dynamic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        assert not fallbacks(gw.report(compiled))
+        model.scale = 0.7
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_numbers_that_callers_pass_stay_inputs(op_by_op: list[torch.fx.GraphModule]) -> None:
+    model, x = Scaled(), torch.randn(3, 16)
+    compiled = torch.compile(model, backend="graphwright", dynamic=True)
+    with torch.no_grad():
+        for shift in (0.5, 1.5, 2.5):
+            torch.testing.assert_close(compiled(x, shift), model(x, shift))
+    assert len(op_by_op) == 1
+    assert "is an input of the graph" in fallbacks(gw.report(compiled))[0]
+
+
 def test_static_shapes_recompile_and_merge_into_one_report(op_by_op: list[torch.fx.GraphModule]) -> None:
     model = Mlp()
     compiled = torch.compile(model, backend="graphwright", dynamic=False)
@@ -208,16 +242,26 @@ def test_static_shapes_recompile_and_merge_into_one_report(op_by_op: list[torch.
     assert "graph 1" in unprofitable.site and "64 rows" in unprofitable.reason
 
 
+def test_a_dtype_without_kernels_falls_back(op_by_op: list[torch.fx.GraphModule]) -> None:
+    model, x = Mlp().double(), torch.randn(2, 16, dtype=torch.float64)
+    compiled = torch.compile(model, backend="graphwright")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    report = gw.report(compiled)
+    assert report.ops == {"layer_norm": 1, "mlp": 1}
+    assert "torch.float64 is not float32 or bfloat16" in fallbacks(report)[0]
+    assert [k["provider"] for k in report.kernels] == ["inductor"]
+
+
 def test_rows_of_a_symbolic_batch() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     assert rows(torch.empty(3, 5, 8)) == (15, 15)
     context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC])
-    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        fake = mode.from_tensor(torch.empty(3, 5, 8), symbolic_context=context)
-        least, most = rows(fake)
-        assert least <= 15 and most is None
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    least, most = rows(mode.from_tensor(torch.empty(3, 5, 8), symbolic_context=context))
+    assert least <= 15 and most is None
 
 
 # --- writes in place, aliases, effects -------------------------------------------------------------
@@ -287,7 +331,9 @@ def run_both(function: Callable[..., Any], x: torch.Tensor) -> Report:
     return gw.report(compiled)
 
 
-@pytest.mark.parametrize("function", [write, write_through_a_view, view_and_copies, constant_inside, graph_break])
+@pytest.mark.parametrize(
+    "function", [write, write_through_a_view, view_and_copies, constant_inside, graph_break]
+)
 def test_writes_and_aliases_are_kept(function: Callable[..., Any], op_by_op: list[Any]) -> None:
     report = run_both(function, torch.randn(2, 8))
     assert not fallbacks(report)
@@ -344,14 +390,49 @@ def test_an_error_in_a_pass_falls_back(op_by_op: list[Any], monkeypatch: pytest.
     ]
 
 
+def test_an_error_in_inductor_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[torch.fx.GraphModule] = []
+
+    def refuses_the_first(
+        gm: torch.fx.GraphModule, example_inputs: list[Any], patches: dict[str, Any]
+    ) -> Any:
+        handed.append(gm)
+        if len(handed) == 1:
+            raise RuntimeError("no such lowering")
+        return gm.forward
+
+    monkeypatch.setattr(backend, "_inductor", refuses_the_first)
+    model, x = Mlp(), torch.randn(2, 16)
+    compiled = torch.compile(model, backend="graphwright")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    assert "torch.ops" in handed[0].code and "torch.ops" not in handed[1].code
+    report = gw.report(compiled)
+    assert "no such lowering" in fallbacks(report)[0] and report.kernels == []
+
+
+def test_options_of_torch_compile_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def note(gm: torch.fx.GraphModule, example_inputs: list[Any], patches: dict[str, Any]) -> Any:
+        seen.append(patches)
+        return gm.forward
+
+    monkeypatch.setattr(backend, "_inductor", note)
+    x = torch.randn(2, 16)
+    with torch.inference_mode():
+        torch.compile(Mlp(), backend="graphwright", options={"epilogue_fusion": False})(x)
+        torch.compile(Mlp(), backend="graphwright", mode="max-autotune-no-cudagraphs")(x)
+    assert seen[0] == {"epilogue_fusion": False}
+    assert seen[1]["max_autotune"] is True
+
+
 def test_a_graph_without_our_ops_is_left_alone(op_by_op: list[torch.fx.GraphModule]) -> None:
     compiled = torch.compile(lambda x: x * 2 + 1, backend="graphwright")
     assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))
     report = gw.report(compiled)
     assert [d.status for d in report.decisions] == [Status.NOT_FOUND]
-    assert "call_function[target=operator.mul]" in op_by_op[0].graph.python_code("self").src or any(
-        getattr(n.target, "__name__", "") == "mul" for n in op_by_op[0].graph.nodes
-    )
+    assert "torch.ops" not in op_by_op[0].code  # dynamo's graph, not ours
 
 
 # --- the report ------------------------------------------------------------------------------------
@@ -365,7 +446,7 @@ def test_report_is_valid_and_complete(op_by_op: list[torch.fx.GraphModule]) -> N
     report = gw.report(compiled)
     jsonschema.validate(json.loads(report.to_json()), json.loads(SCHEMA_FILE.read_text()))
     assert Report.from_json(report.to_json()).to_dict() == report.to_dict()
-    assert report.model == "Mlp, 0.0 M parameters, float32"
+    assert report.model == "Mlp, 1,632 parameters, float32"
     assert {k["op"] for k in report.kernels} == {"linear"}
     assert "aten.gelu" in report.code_before and "graphwright.mlp" in report.code_after
     assert {"torch", "graphwright"} <= set(report.versions)
@@ -382,6 +463,14 @@ def test_reports_of_two_models_stay_apart(op_by_op: list[torch.fx.GraphModule]) 
     assert gw.report(compiled[0]).ops == {"layer_norm": 1, "mlp": 1}
     assert gw.report(compiled[1]).ops == {"layer_norm": 1, "mlp": 1, "linear": 1}
     assert gw.report(second).ops == gw.report(compiled[1]).ops
+
+
+def test_a_module_compiled_in_place_has_a_report(op_by_op: list[torch.fx.GraphModule]) -> None:
+    model = Mlp()
+    model.compile(backend="graphwright")
+    with torch.no_grad():
+        model(torch.randn(2, 16))
+    assert gw.report(model).ops == {"layer_norm": 1, "mlp": 1}
 
 
 @pytest.mark.parametrize(

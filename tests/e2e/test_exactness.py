@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graphwright as gw
-from graphwright.optimizer.driver import make_speculation
+from graphwright.runtime.speculation import make_speculation
 from tests.architectures import ARCHITECTURES, tiny_model
 
 TOKENS = 64

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 import graphwright as gw
-from graphwright.ir.errors import BudgetError, InputError, PassError, UnknownTargetError, UnsupportedModelError
+from graphwright.ir.errors import (
+    BudgetError,
+    InputError,
+    PassError,
+    UnknownTargetError,
+    UnsupportedModelError,
+)
 from graphwright.optimizer.report import Status
 from tests.architectures import tiny_config, tiny_model
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import graphwright as gw
-from graphwright.optimizer.driver import make_speculation
+from graphwright.runtime.speculation import make_speculation
 from tests.conftest import MODEL_FILE
 
 PROMPTS = (

@@ -43,7 +43,11 @@ def test_op_counts(captured) -> None:
 def test_nothing_runs_over_slots_but_the_attention(captured) -> None:
     graph, _ = rewrite(captured("deepseek_v3"), *PASSES)
     for state in graph.placeholders("state"):
-        assert {op_name(user) for user in state.users} == {"cache_append", "cache_attention", "aten.slice.Tensor"}
+        assert {op_name(user) for user in state.users} == {
+            "cache_append",
+            "cache_attention",
+            "aten.slice.Tensor",
+        }
     for attention in graph.calls("cache_attention"):
         keys, values = argument(attention, "keys"), argument(attention, "values")
         assert keys.op == "placeholder" and argument(values, "self") is keys

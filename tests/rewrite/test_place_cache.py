@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from graphwright.cost_model.target import resolve_target
 from graphwright.cost_model.workload import Workload
 from graphwright.ir.errors import PassError
 from graphwright.ir.graph import argument, op_name, value
@@ -26,7 +25,7 @@ def cuts(captured, name: str, **options: object) -> list[Cut]:
 # --- where the minimum cut lies ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_oss", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_grouped_heads_store_keys_and_values(captured, name: str) -> None:
     found = cuts(captured, name)
     assert len(found) == 2
@@ -103,13 +102,12 @@ def test_the_reason_names_the_alternative_and_its_price(captured) -> None:
 def test_recomputing_a_window_costs_no_more_for_a_longer_context(captured) -> None:
     graph = captured("gemma2", **MULTI_HEAD).canonical
     long, longer = Workload(prompt=100_000), Workload(prompt=200_000)
-    cpu = resolve_target("a100")
     place = PlaceCache("minimum")
     sliding, full = sorted(place.find(graph), key=lambda site: argument(site.nodes[0], "window") == 0)
     assert argument(sliding.nodes[0], "window") == WINDOW and argument(full.nodes[0], "window") == 0
 
     def seconds(site, workload: Workload) -> float:
-        return -place.gain(site, workload, cpu).seconds_per_token
+        return -place.gain(site, workload, TARGET).seconds_per_token
 
     assert seconds(sliding, longer) == pytest.approx(seconds(sliding, long))
     assert seconds(full, longer) > 1.5 * seconds(full, long)
@@ -156,10 +154,9 @@ def test_windows_are_marked_and_stored_as_rings(captured) -> None:
 
 
 @pytest.mark.parametrize("cut", ["kv", "minimum"])
-@pytest.mark.parametrize("name", ["gemma2", "mistral"])
-def test_a_ring_that_has_come_round_gives_stock_logits(captured, name: str, cut: str) -> None:
+def test_a_ring_that_has_come_round_gives_stock_logits(captured, cut: str) -> None:
     """Recomputed keys are rotated by the position of the token that a slot holds now."""
-    model = captured(name, **MULTI_HEAD)
+    model = captured("gemma2", **MULTI_HEAD)
     graph, _ = rewrite(model, f"place_cache{{cut={cut}}}")
     ring = WINDOW + window_slack(WINDOW)
     assert (len(graph.calls("slot_positions")) > 0) == (cut == "minimum")

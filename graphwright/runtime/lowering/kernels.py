@@ -22,7 +22,8 @@ _ACTIVATION_CALLS = {
 }
 # The ops that kernels are chosen for; the others are plain arithmetic that Inductor fuses.
 KERNEL_OPS = (
-    "linear", "linear_group", "routed_linear", "cache_append", "cache_attention", "append_attention", "attention",
+    "linear", "linear_group", "routed_linear", "attention", "cache_append", "cache_attention",
+    "append_attention",
 )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from graphwright.runtime.lowering.split import Piece
 
 _ROW_WISE = {"rms_norm", "layer_norm", "linear", "linear_group", "getitem"}
 _ROW_WISE_ATEN = {
-    "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "tanh", "sigmoid", "_to_copy", "to", "type_as", "clone",
-    "silu", "gelu", "relu", "clamp", "linear", "alias", "contiguous",
+    "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "tanh", "sigmoid", "_to_copy", "to", "type_as",
+    "clone", "silu", "gelu", "relu", "clamp", "linear", "alias", "contiguous",
 }  # fmt: skip
 
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from graphwright.runtime.speculation import ngram as _ngram  # registers the drafter
-from graphwright.runtime.speculation.drafter import Draft, Drafter, drafter, drafters, make_drafter
+from graphwright.runtime.speculation.drafter import (
+    Draft,
+    Drafter,
+    drafter,
+    drafter_options,
+    drafters,
+    make_drafter,
+)
 from graphwright.runtime.speculation.length_rule import AdaptiveLength, FixedLength, LengthRule
 
 NgramDrafter = _ngram.NgramDrafter
@@ -25,6 +35,18 @@ class Speculation:
         return f"Speculation({self.drafter}, {type(self.rule).__name__})"
 
 
+def make_speculation(chosen: Mapping[str, Any]) -> Speculation:
+    """A drafter and its length rule from plain options, as the ``speculate`` pass records them.
+
+    Raises:
+        InputError: there is no such drafter.
+    """
+    drafter = make_drafter(chosen["drafter"], **drafter_options(chosen["drafter"], chosen))
+    adaptive = chosen["rule"] == "adaptive"
+    rule = AdaptiveLength(high=chosen["tokens"]) if adaptive else FixedLength(chosen["tokens"])
+    return Speculation(drafter, rule)
+
+
 __all__ = [
     "AdaptiveLength",
     "Draft",
@@ -36,4 +58,5 @@ __all__ = [
     "drafter",
     "drafters",
     "make_drafter",
+    "make_speculation",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -119,6 +119,12 @@ def drafters() -> dict[str, str]:
     """Every drafter's name and what it is, in one line each."""
     _load_plugins()
     return {name: (inspect.getdoc(cls) or "").splitlines()[0] for name, cls in sorted(_DRAFTERS.items())}
+
+
+def drafter_options(name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the offered options that the drafter ``name`` takes; none if there is no such drafter."""
+    known = inspect.signature(_DRAFTERS[name]).parameters if name in drafters() else {}
+    return {option: value for option, value in offered.items() if option in known}
 
 
 def make_drafter(name: str, **options: Any) -> Drafter:
