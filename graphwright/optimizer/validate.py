@@ -182,11 +182,13 @@ def _check_quantized(model: PreTrainedModel) -> None:
     if how is not None:
         method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", how)
         method = str(getattr(method, "value", method))
-        raise UnsupportedModelError(
-            f"the model is quantized ({method})",
-            where=f"{name}.config.quantization_config",
-            hint=_unquantized(method),
-        )
+        # A GGUF file that was unpacked while it was loaded keeps the note in its configuration.
+        if method != "gguf" or _has_packed_gguf(model):
+            raise UnsupportedModelError(
+                f"the model is quantized ({method})",
+                where=f"{name}.config.quantization_config",
+                hint=_unquantized(method),
+            )
     for key, tensor in model.named_parameters():
         packed = tensor.dtype not in _WEIGHT_DTYPES
         if packed or is_traceable_wrapper_subclass(tensor):
@@ -196,6 +198,10 @@ def _check_quantized(model: PreTrainedModel) -> None:
                 where=key,
                 hint=_unquantized(""),
             )
+
+
+def _has_packed_gguf(model: PreTrainedModel) -> bool:
+    return any(type(m).__module__.startswith("transformers.integrations.gguf") for m in model.modules())
 
 
 def _unquantized(method: str) -> str:

@@ -150,6 +150,9 @@ def test_quantized_models_by_their_configuration() -> None:
 def test_a_packed_gguf_says_how_to_load_it() -> None:
     model = tiny_model("llama")
     model.config.quantization_config = {"quant_method": "gguf"}
+    check_model(model)  # unpacked while it was loaded: plain matrices
+    packed = type("GgufLinear", (torch.nn.Linear,), {"__module__": "transformers.integrations.gguf.modules"})
+    model.lm_head.__class__ = packed
     assert "GgufConfig(dequantize=True)" in str(
         refused(UnsupportedModelError, lambda: check_model(model)).hint
     )
