@@ -272,7 +272,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--side", choices=("stock", "graphwright", "optimize"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.passes = options.passes or ["place_cache"]
+    options.passes = options.passes or ["place_cache", "compile_layers"]
     if options.quick:
         options.runs, options.steps = 3, 8
     return options

@@ -123,12 +123,15 @@ void run_by_chunks(const AttentionArgs<T>& a, int64_t count, int64_t row_groups,
   {
     Engine engine(a.d, a.e);
     for (int64_t start = 0; start < std::max<int64_t>(chunks, 1); start += wave) {
-#pragma omp for schedule(dynamic, 1)
+      // Contiguous runs of chunks a thread, so that the hardware prefetches what follows.
+      int64_t loaded = -1;
+#pragma omp for schedule(static)
       for (int64_t task = 0; task < count * wave; ++task) {
         const Item<T>& item = items[task / wave];
         const int64_t chunk = item.first_chunk + start + task % wave;
         if (chunk >= item.last_chunk) continue;
-        load_queries(a, item, engine);
+        if (loaded != task / wave) load_queries(a, item, engine);
+        loaded = task / wave;
         engine.stage(item.keys(a), item.values(a), chunk);
         for (int t = 0; t < item.tiles; ++t)
           if (item.touches(t, chunk)) compute(a, item, t, chunk, engine, part(task / wave, task % wave, t));

@@ -13,6 +13,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
 
@@ -61,7 +62,12 @@ def compile_piece(piece: Piece) -> Runner:
 
 
 def _distinct(fake: Any) -> Any:
-    """A fake tensor of its own: nodes may share one, and tracers take equal objects for one argument."""
+    """A fake tensor of its own (a size as it is).
+
+    Nodes may share one, and tracers take equal objects for one argument.
+    """
+    if not isinstance(fake, FakeTensor):
+        return fake
     with fake.fake_mode:
         return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 
@@ -88,19 +94,19 @@ def expand_bodies(module: torch.fx.GraphModule, names: Collection[str] = EXPANDE
 
 def _paste_body(graph: torch.fx.Graph, node: Node, mapping: dict[Node, Any]) -> Any:
     body = SEMANTIC_OPS[semantic_name(node) or ""].reference
-    tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
-    numbers = {n: n.meta["val"] for n in node.all_input_nodes if n not in tensors}
+    inputs = node.all_input_nodes
 
-    def call(*values: torch.Tensor) -> Any:
-        known = {**dict(zip(tensors, values, strict=True)), **numbers}
+    def call(*values: Any) -> Any:
+        known = dict(zip(inputs, values, strict=True))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         return body(*args, **kwargs)
 
-    fakes = [_distinct(n.meta["val"]) for n in tensors]
-    with torch.no_grad(), fakes[0].fake_mode:
+    fakes = [_distinct(n.meta["val"]) for n in inputs]
+    mode = next(f.fake_mode for f in fakes if isinstance(f, FakeTensor))
+    with torch.no_grad(), mode:
         traced = make_fx(call, pre_dispatch=True)(*fakes)
     inner: dict[Node, Any] = {}
-    sources = iter(tensors)
+    sources = iter(inputs)
     for old in traced.graph.nodes:
         if old.op == "placeholder":
             inner[old] = mapping[next(sources)]
