@@ -83,6 +83,7 @@ def optimize(
     program = make_program(model, planned.graph, step)
     with progress.step("checking against the stock model"):
         check_program(model, program, report, calibrated, workload, seed)
+        program = undo_if_slower(model, planned.graph, program, report, workload)
     report.measured["seconds"] = {key: round(took, 3) for key, took in progress.seconds.items()}
     return OptimizedModel(
         program,
@@ -175,6 +176,32 @@ def check_program(
         return
     report.measured["stock"] = stock
     report.measured["speedup"] = {"ratio": stock["seconds_per_token"] / decode["seconds_per_token"]}
+
+
+def undo_if_slower(
+    model: PreTrainedModel, graph: Graph, program: Program, report: Report, workload: Workload
+) -> Program:
+    """Never silently slower: without compilation if that is faster, and a line in the report in any case."""
+    stock = report.measured.get("stock")
+    if stock is None or report.measured["decode"]["seconds_per_token"] <= stock["seconds_per_token"]:
+        return program
+    if program.lowered.compiled:
+        plain = make_program(model, graph, lower(graph, model.device, LoweringOptions(compile=False)))
+        before, after = report.measured["decode"], check.measure_decode(plain, workload)
+        if after["seconds_per_token"] < before["seconds_per_token"]:
+            saved = {"seconds_per_token": before["seconds_per_token"] - after["seconds_per_token"]}
+            reason = "measured slower than the same program op by op"
+            report.decisions.append(
+                Decision("compile_layers", "", Status.UNDONE, reason, None, saved, "reordered")
+            )
+            report.measured["decode"] = {k: v for k, v in after.items() if k != "cache_bytes"}
+            program = plain
+    ratio = stock["seconds_per_token"] / report.measured["decode"]["seconds_per_token"]
+    report.measured["speedup"] = {"ratio": ratio}
+    if ratio < 1:
+        reason = f"a decode step is measured at {1 / ratio:.2f} times the stock model's time"
+        report.decisions.append(Decision("program", "", Status.FALLBACK, reason, None, None, "exact"))
+    return program
 
 
 def describe(

@@ -79,9 +79,10 @@ def test_bfloat16_bits_do_not_depend_on_the_step() -> None:
         assert torch.equal(together, torch.cat(singly[:width], dim=1))
 
 
-def test_bfloat16_tokens_do_not_depend_on_speculation() -> None:
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "gpt_oss"])
+def test_bfloat16_tokens_do_not_depend_on_speculation(architecture: str) -> None:
     """In bfloat16, greedy tokens with and without drafts are identical, alone and in a ragged batch."""
-    model = tiny_model("llama", torch.bfloat16)
+    model = tiny_model(architecture, torch.bfloat16)
     fast = gw.optimize(model, "cpu", passes=["place_cache"])
     drafts = {"drafter": "ngram", "tokens": 8, "max_ngram": 3, "rule": "fixed"}
     for rows in (1, 4):

@@ -156,6 +156,24 @@ def test_latent_attention_is_cached_compressed() -> None:
     torch.testing.assert_close(fast.score(ids, step=7), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_slower_program_is_undone_and_said(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When measured slower than stock, compiled layers give way to plain ones, and the report says so."""
+    from graphwright.optimizer import check
+
+    def seconds(program: Any, workload: Any) -> dict[str, float]:
+        took = 3.0 if program.lowered.compiled else 2.0
+        return {"seconds_per_token": took, "tokens_per_second": 1 / took, "context": 8.0, "cache_bytes": 0.0}
+
+    monkeypatch.setattr(check, "measure_decode", seconds)
+    monkeypatch.setattr(
+        check, "measure_stock", lambda *_: {"seconds_per_token": 1.0, "tokens_per_second": 1.0}
+    )
+    fast = gw.optimize(llama, "cpu", passes=["place_cache", "compile_layers"])
+    assert not fast.program.lowered.compiled
+    assert [d.pass_name for d in fast.report.by_status(Status.UNDONE)] == ["compile_layers"]
+    assert any("2.00 times" in d.reason for d in fast.report.by_status(Status.FALLBACK))
+
+
 def test_names_of_the_catalog() -> None:
     """One line each."""
     for listing in (gw.targets(), gw.passes(), gw.drafters(), gw.codecs(), gw.selectors()):

@@ -133,16 +133,51 @@ def mlp(dtype: torch.dtype) -> Iterator[Case]:
         yield f"bias={bias is not None}", dict(x=randn(2, 3, 33, dtype=dtype), up=up, down=down, up_bias=bias)
 
 
+ROUTED_SHAPES = (
+    # tokens, choices, experts, K, N: one token, odd sizes, more rows an expert than a block, one expert for all
+    (1, 2, 4, 64, 48),
+    (1, 8, 8, 33, 300),
+    (3, 4, 8, 7, 3),
+    (5, 2, 4, 33, 20),
+    (17, 2, 3, 96, 65),
+    (65, 2, 2, 40, 31),
+    (65, 1, 1, 35, 274),
+)
+
+
+def routed(
+    dtype: torch.dtype, shape: tuple[int, int, int, int, int], transposed: bool, biased: bool, shared: bool
+) -> dict[str, Any]:
+    """Arguments of ``routed_linear``; a ``shared`` x is the same for all choices of a token."""
+    tokens, choices, experts, k, n = shape
+    weight = randn(experts, *((k, n) if transposed else (n, k)), dtype=dtype, scale=k**-0.5)
+    return dict(
+        x=randn(tokens, 1 if shared else choices, k, dtype=dtype),
+        index=torch.randint(0, experts, (tokens, choices)),
+        weight=weight,
+        bias=randn(experts, n, dtype=dtype) if biased else None,
+        transposed=transposed,
+    )
+
+
 @generator("routed_linear")
 def routed_linear(dtype: torch.dtype) -> Iterator[Case]:
-    index = torch.randint(0, 4, (5, 2))
     for transposed in (False, True):
-        weight = randn(4, *((33, 20) if transposed else (20, 33)), dtype=dtype, scale=0.1)
-        for choices in (1, 2):
-            yield (
-                f"{transposed}-{choices}",
-                dict(x=randn(5, choices, 33, dtype=dtype), index=index, weight=weight, transposed=transposed),
-            )
+        for i, shape in enumerate(ROUTED_SHAPES):
+            for shared in (False, True):
+                biased = (i + shared) % 2 == 0
+                name = f"{shape}-{transposed}-{biased}-{shared}"
+                yield name, routed(dtype, shape, transposed, biased, shared)
+        # Projections by head: every token goes through all matrices, which are parts of one.
+        by_head = torch.arange(6).expand(3, 6)
+        whole = randn(6, 40, 48, dtype=dtype, scale=0.2)
+        x = randn(3, 6, 64, dtype=dtype)[:, :, 8 : 8 + (24 if transposed else 32)]
+        weight = whole[:, 5:29, :33] if transposed else whole[:, 5:38, 16:48]
+        bias = randn(6, 40, dtype=dtype)[:, 2:35]
+        yield (
+            f"heads-{transposed}",
+            dict(x=x, index=by_head, weight=weight, bias=bias, transposed=transposed),
+        )
 
 
 @generator("attention")

@@ -138,3 +138,76 @@ def test_bad_arguments_raise_and_do_not_crash() -> None:
     weight = torch.randn(40, 9)
     with pytest.raises(RuntimeError, match="does not take"):
         kernel_of("linear", dict(x=torch.randn(2, 9), weight=weight)).op(torch.randn(2, 8), weight)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts_that_are_not_chosen_and_padding_of_weights_do_not_show(
+    dtype: torch.dtype, transposed: bool
+) -> None:
+    k, n = 33, 21
+    sizes = (k, n) if transposed else (n, k)
+    store = torch.full((4, sizes[0] + 3, sizes[1] + 7), torch.nan, dtype=dtype)
+    weight = store[:, 1 : 1 + sizes[0], 2 : 2 + sizes[1]]
+    weight[[0, 3]] = inputs.randn(2, *sizes, dtype=dtype, scale=0.1)
+    bias = torch.full((4, n + 5), torch.nan, dtype=dtype)[:, 3 : 3 + n]
+    bias[[0, 3]] = inputs.randn(2, n, dtype=dtype)
+    x = torch.full((5, 4, k + 9), torch.nan, dtype=dtype)[:, 1:3, 4 : 4 + k]
+    x.copy_(inputs.randn(5, 2, k, dtype=dtype))
+    index = torch.tensor([[0, 3], [3, 3], [0, 0], [3, 0], [0, 3]])
+    arguments = dict(x=x, index=index, weight=weight, bias=bias, transposed=transposed)
+    out = kernel_of("routed_linear", arguments).op(**arguments)
+    expected = SEMANTIC_OPS["routed_linear"].overload(
+        x.double(), index, weight.double(), bias.double(), transposed
+    )
+    absolute, relative = TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), expected, atol=absolute, rtol=relative)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_routed_linear_writes_every_output(dtype: torch.dtype, transposed: bool) -> None:
+    """Memory that held NaN before becomes the result whole, and nothing beside it is written."""
+    shape = (17, 2, 3, 33, 65)
+    arguments = inputs.routed(dtype, shape, transposed, True, False)
+    op = kernel_of("routed_linear", arguments).op
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty gives NaN
+    try:
+        assert torch.empty(3, dtype=dtype).isnan().all()
+        out = op(**arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+    assert not out.isnan().any()
+
+
+def test_bad_routes_raise_and_do_not_crash() -> None:
+    arguments = inputs.routed(torch.float32, (3, 2, 4, 16, 8), False, True, False)
+    op = kernel_of("routed_linear", arguments).op
+    for number in (-1, 4, 2**40):
+        index = arguments["index"].clone()
+        index[1, 1] = number
+        with pytest.raises(RuntimeError, match=f"row 1 chose expert {number} of 4"):
+            op(**{**arguments, "index": index})
+    with pytest.raises(RuntimeError, match="index is Int"):
+        op(**{**arguments, "index": arguments["index"].int()})
+    for name, other, said in (
+        ("x", torch.zeros(3, 2, 15), "do not take"),
+        ("x", torch.zeros(3, 3, 16), "do not take"),
+        ("x", torch.zeros(4, 2, 16), "do not take"),
+        ("bias", torch.zeros(4, 7), "bias"),
+        ("weight", arguments["weight"].transpose(1, 2).contiguous().transpose(1, 2), "row-major"),
+        ("weight", arguments["weight"].bfloat16(), "weight is"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            op(**{**arguments, name: other})
+    turned = arguments["x"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(op(**{**arguments, "x": turned}), op(**arguments))
+
+
+def test_no_rows_to_route() -> None:
+    for transposed in (False, True):
+        arguments = inputs.routed(torch.float32, (0, 2, 4, 16, 8), transposed, True, False)
+        assert kernel_of("routed_linear", arguments).op(**arguments).shape == (0, 2, 8)

@@ -64,6 +64,42 @@ def test_group_equals_single_linears(dtype: torch.dtype) -> None:
         assert torch.equal(mine, cpp("linear", x=x, weight=w))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("experts", "k", "n"), [(1, 64, 300), (3, 35, 65), (8, 96, 33)])
+def test_routed_row_alone_and_among_others(
+    dtype: torch.dtype, transposed: bool, experts: int, k: int, n: int
+) -> None:
+    arguments = inputs.routed(dtype, (65, 2, experts, k, n), transposed, True, False)
+    x, index = arguments["x"], arguments["index"]
+    alone = torch.stack([
+        torch.stack([
+            cpp("routed_linear", **{**arguments, "x": x[t : t + 1, c : c + 1], "index": index[t : t + 1, [c]]})[0, 0]
+            for c in range(2)
+        ])
+        for t in range(65)
+    ])  # fmt: skip
+    for rows in (1, 2, 3, 8, 33, 65):
+        together = cpp("routed_linear", **{**arguments, "x": x[:rows], "index": index[:rows]})
+        assert torch.equal(together, alone[:rows]), rows
+    if experts == 1:  # the same matrix as a plain argument of one expert in three
+        weight = arguments["weight"].expand(3, -1, -1)
+        spread = {**arguments, "weight": weight, "bias": arguments["bias"].expand(3, -1)}
+        spread["index"] = torch.randint(0, 3, (65, 2))
+        assert torch.equal(cpp("routed_linear", **spread), alone)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_routed_linear_does_not_depend_on_threads(dtype: torch.dtype, transposed: bool, threads: None) -> None:
+    for shape in ((1, 4, 8, 96, 300), (33, 2, 5, 96, 300)):
+        arguments = inputs.routed(dtype, shape, transposed, True, False)
+        torch.set_num_threads(1)
+        one = cpp("routed_linear", **arguments)
+        torch.set_num_threads(2)
+        assert torch.equal(cpp("routed_linear", **arguments), one)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [
     dict(lengths=[250, 3], heads=(9, 3), slots=400),

@@ -37,6 +37,19 @@ def test_fallback_says_why(x: torch.Tensor, weight: torch.Tensor, device: str, r
     assert reason in kernel.reason
 
 
+@pytest.mark.parametrize(("changed", "reason"), [
+    (dict(weight=torch.zeros(3, 4, 5).transpose(1, 2)), "of the experts' weights has a stride"),
+    (dict(x=torch.zeros(2, 4, 2).transpose(1, 2)), "of x has a stride"),
+    (dict(index=torch.zeros(2, 2, dtype=torch.int32)), "int32, not int64"),
+    (dict(bias=torch.zeros(3, 5).bfloat16()), "several dtypes"),
+])  # fmt: skip
+def test_routed_linear_refuses_with_a_reason(changed: dict[str, torch.Tensor], reason: str) -> None:
+    given = dict(x=torch.zeros(2, 1, 4), index=torch.zeros(2, 2).long(), weight=torch.zeros(3, 5, 4), bias=None)
+    assert registry.select("routed_linear", "cpu", **given).provider == "cpp"
+    kernel = registry.select("routed_linear", "cpu", **{**given, **changed})
+    assert kernel.provider == registry.REFERENCE and reason in kernel.reason
+
+
 def test_other_dtypes_of_attention_are_refused() -> None:
     q = torch.zeros(1, 2, 1, 8, dtype=torch.float16)
     kernel = registry.select("cache_attention", "cpu", q=q, keys=q, values=q)
@@ -66,7 +79,9 @@ def test_asking_for_what_is_missing_raises() -> None:
 
 def test_list_of_kernels() -> None:
     listed = {k.op_name for k in registry.kernels() if k.provider == "cpp"}
-    assert listed == {"linear", "linear_group", "cache_append", "cache_attention", "append_attention"}
+    assert listed == {
+        "linear", "linear_group", "routed_linear", "cache_append", "cache_attention", "append_attention",
+    }  # fmt: skip
     assert {k.op_name for k in registry.kernels("linear")} == {"linear"}
     assert "cpp" in [p.name for p in registry.providers()]
 

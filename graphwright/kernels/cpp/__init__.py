@@ -44,6 +44,23 @@ def supports_linear_group(
     return _dtype_reason(x, *weights, *biases)
 
 
+def supports_routed_linear(
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    transposed: bool = False,
+) -> str | None:
+    """None when ``routed_linear`` takes these, else the reason."""
+    if x.stride(2) != 1 and x.shape[2] != 1:
+        return "the last dimension of x has a stride"
+    if weight.stride(2) != 1 and weight.shape[2] != 1:
+        return "the last dimension of the experts' weights has a stride"
+    if index.dtype != torch.int64:
+        return f"the experts' numbers are {index.dtype}, not int64"
+    return _dtype_reason(x, weight, bias)
+
+
 def supports_cache_append(
     store: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor
 ) -> str | None:
@@ -76,6 +93,7 @@ def supports_append_attention(
 
 implements_compiled("linear", PROVIDER, supports_linear)
 implements_compiled("linear_group", PROVIDER, supports_linear_group)
+implements_compiled("routed_linear", PROVIDER, supports_routed_linear)
 implements_compiled("cache_append", PROVIDER, supports_cache_append)
 implements_compiled("cache_attention", PROVIDER, supports_cache_attention)
 implements_compiled("append_attention", PROVIDER, supports_append_attention)

@@ -91,6 +91,88 @@ std::vector<Tensor> linear_group(const Tensor& x, at::TensorList weights, const 
   return dispatch_linears(x, weights, list);
 }
 
+// The assignments of `index` in order of their expert; those of one expert in order of their row.
+struct Groups {
+  std::vector<int64_t> expert, start, rows;
+};
+
+Groups group_by_expert(const Tensor& index, int64_t experts) {
+  const int64_t tokens = index.size(0), choices = index.size(1);
+  const auto* number = pointer<const int64_t>(index);
+  std::vector<int64_t> chosen(tokens * choices), next(experts + 1, 0);
+  for (int64_t row = 0; row < tokens * choices; ++row) {
+    const int64_t e = number[row / choices * index.stride(0) + row % choices * index.stride(1)];
+    TORCH_CHECK(e >= 0 && e < experts, "graphwright_cpp: row ", row / choices, " chose expert ", e, " of ", experts);
+    chosen[row] = e;
+    ++next[e + 1];
+  }
+  Groups g{{}, {0}, std::vector<int64_t>(chosen.size())};
+  for (int64_t e = 0; e < experts; ++e) {
+    if (next[e + 1]) g.expert.push_back(e), g.start.push_back(g.start.back() + next[e + 1]);
+    next[e + 1] += next[e];
+  }
+  for (size_t row = 0; row < chosen.size(); ++row) g.rows[next[chosen[row]]++] = int64_t(row);
+  return g;
+}
+
+// Where the inputs of `rows` begin in x [tokens, 1 or choices, k].
+template <class T>
+std::vector<const T*> input_rows(const Tensor& x, const std::vector<int64_t>& rows, int64_t choices) {
+  const int64_t by_choice = x.size(1) == 1 ? 0 : x.stride(1);
+  std::vector<const T*> inputs;
+  inputs.reserve(rows.size());
+  for (int64_t row : rows) inputs.push_back(pointer<const T>(x) + row / choices * x.stride(0) + row % choices * by_choice);
+  return inputs;
+}
+
+void check_routed(const Tensor& x, const Tensor& index, const Tensor& weight, const OptionalTensor& bias, bool transposed) {
+  check_dtype(index, at::kLong, "index");
+  check_dtype(weight, x.scalar_type(), "weight");
+  TORCH_CHECK(x.dim() == 3 && index.dim() == 2 && weight.dim() == 3 && x.size(0) == index.size(0) &&
+                  (x.size(1) == 1 || x.size(1) == index.size(1)) && weight.size(transposed ? 1 : 2) == x.size(2),
+              "graphwright_cpp: experts ", weight.sizes(), " do not take ", x.sizes(), " routed by ", index.sizes());
+  TORCH_CHECK(weight.stride(2) == 1 || weight.size(2) == 1, "graphwright_cpp: an expert's weight is not row-major");
+  if (!bias || !bias->defined()) return;
+  check_dtype(*bias, x.scalar_type(), "bias");
+  TORCH_CHECK(bias->dim() == 2 && bias->size(0) == weight.size(0) && bias->size(1) == weight.size(transposed ? 2 : 1),
+              "graphwright_cpp: bias ", bias->sizes(), " for experts ", weight.sizes());
+}
+
+template <class T>
+Tensor route(const Tensor& x, const Tensor& index, const Tensor& weight, const OptionalTensor& bias, bool transposed) {
+  check_routed(x, index, weight, bias, transposed);
+  const int64_t choices = index.size(1);
+  gw::RoutedArgs<T> a{};
+  a.n = weight.size(transposed ? 2 : 1), a.k = x.size(2);
+  Tensor out = at::empty({index.size(0), choices, a.n}, x.options());
+  const Groups groups = group_by_expert(index, weight.size(0));
+  a.groups = int64_t(groups.expert.size());
+  a.expert = groups.expert.data(), a.start = groups.start.data(), a.rows = groups.rows.data();
+  a.weight = pointer<const T>(weight), a.w_expert = weight.stride(0), a.w_row = weight.stride(1);
+  Tensor held;
+  if (bias && bias->defined()) {
+    held = bias->stride(1) == 1 ? *bias : bias->contiguous();
+    a.bias = pointer<const T>(held), a.b_expert = held.stride(0);
+  }
+  a.out = pointer<T>(out), a.threads = threads();
+  // A compiled caller may lay x out otherwise than when the kernel was chosen.
+  const Tensor rows = x.stride(2) == 1 || a.k == 1 ? x : x.contiguous();
+  if (transposed) {
+    const Tensor wide = rows.to(at::kFloat);
+    gw::routed_sums<T>(a, input_rows<float>(wide, groups.rows, choices).data());
+  } else {
+    gw::routed_dots<T>(a, input_rows<T>(rows, groups.rows, choices).data());
+  }
+  return out;
+}
+
+Tensor routed_linear(const Tensor& x, const Tensor& index, const Tensor& weight, const OptionalTensor& bias,
+                     bool transposed) {
+  if (x.scalar_type() == at::kBFloat16) return route<gw::bf16>(x, index, weight, bias, transposed);
+  check_dtype(x, at::kFloat, "x");
+  return route<float>(x, index, weight, bias, transposed);
+}
+
 void check_step(const Tensor& lengths, const Tensor& counts, int64_t batch) {
   check_dtype(lengths, at::kLong, "lengths");
   check_dtype(counts, at::kLong, "counts");
@@ -192,6 +274,7 @@ bool uses_amx() { return gw::amx_available(); }
 TORCH_LIBRARY(graphwright_cpp, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear_group(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]");
+  m.def("routed_linear(Tensor x, Tensor index, Tensor weight, Tensor? bias=None, bool transposed=False) -> Tensor");
   m.def("cache_append(Tensor(a!) store, Tensor new, Tensor lengths, Tensor counts) -> ()");
   m.def("cache_attention(Tensor q, Tensor keys, Tensor values, Tensor positions, Tensor lengths, Tensor counts, "
         "Tensor tree, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor");
@@ -204,6 +287,7 @@ TORCH_LIBRARY(graphwright_cpp, m) {
 TORCH_LIBRARY_IMPL(graphwright_cpp, CPU, m) {
   m.impl("linear", linear);
   m.impl("linear_group", linear_group);
+  m.impl("routed_linear", routed_linear);
   m.impl("cache_append", cache_append);
   m.impl("cache_attention", cache_attention);
   m.impl("append_attention", append_attention);

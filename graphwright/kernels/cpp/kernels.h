@@ -53,6 +53,27 @@ void linear_rows(const T* x, int64_t m, int64_t k, const LinearWeight<T>* weight
 bool linear_rows_amx(const bf16* x, int64_t m, int64_t k, const LinearWeight<bf16>* weights, int64_t count,
                      int threads);
 
+// out[row] = weight[expert of row] x[row] + bias[expert of row], rows grouped by expert.
+template <class T>
+struct RoutedArgs {
+  const T* weight;              // [experts, n, k], or [experts, k, n]; unit stride in the last dimension
+  int64_t w_expert, w_row;      // its other strides
+  const T* bias;                // [experts, n] with unit stride along n, or null
+  int64_t b_expert;
+  T* out;                       // [rows, n], contiguous
+  int64_t n, k, groups;
+  const int64_t* expert;        // [groups], the expert of each group
+  const int64_t* start;         // [groups + 1], where its rows are in `rows` and `inputs`
+  const int64_t* rows;          // output rows in order of their expert
+  int threads;
+};
+// Weights [n, k]: dot products. Inputs: where each of `rows` begins in x.
+template <class T>
+void routed_dots(const RoutedArgs<T>& args, const T* const* inputs);
+// Weights [k, n] (transposed): multiples of weight rows, added in order of k. Inputs in float32.
+template <class T>
+void routed_sums(const RoutedArgs<T>& args, const float* const* inputs);
+
 template <class T>
 struct AttentionArgs {
   const T* q;

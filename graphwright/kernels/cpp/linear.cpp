@@ -2,61 +2,18 @@
 //
 // One output is one accumulator vector, fed in order of k and reduced in a fixed order. Blocking only
 // decides which outputs are computed together, so that a row has the same bits alone and among others.
+#include "dot.h"
 #include "kernels.h"
 
 namespace gw {
 namespace {
 
-// Elementary step of a dot product: STEP elements of weight and input into one accumulator.
-template <class T>
-struct Dot {
-  static constexpr int STEP = LANES;
-  using Reg = Vec;
-  static Reg get(const T* p) { return load(p); }
-  static Reg get_n(const T* p, int n) { return load_n(p, n); }
-  static Vec mac(Vec acc, Reg w, Reg x) { return fma(w, x, acc); }
-};
-#if defined(GW_AVX512) && defined(__AVX512BF16__)
-template <>
-struct Dot<bf16> {
-  static constexpr int STEP = 2 * LANES;
-  using Reg = __m512i;
-  static Reg get(const bf16* p) { return _mm512_loadu_si512(p); }
-  static Reg get_n(const bf16* p, int n) { return _mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p); }
-  static Vec mac(Vec acc, Reg w, Reg x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
-};
-#endif
-
-template <class T, int NB, int MB>
-void block(const T* w, int64_t stride, const T* x, int64_t k, float (*sums)[MB]) {
-  using D = Dot<T>;
-  Vec acc[NB][MB];
-  for (int n = 0; n < NB; ++n)
-    for (int m = 0; m < MB; ++m) acc[n][m] = splat(0.0f);
-  int64_t at = 0;
-  for (; at + D::STEP <= k; at += D::STEP) {
-    typename D::Reg wr[NB];
-    for (int n = 0; n < NB; ++n) wr[n] = D::get(w + n * stride + at);
-    for (int m = 0; m < MB; ++m) {
-      auto xr = D::get(x + m * k + at);
-      for (int n = 0; n < NB; ++n) acc[n][m] = D::mac(acc[n][m], wr[n], xr);
-    }
-  }
-  if (at < k) {
-    int rest = int(k - at);
-    for (int m = 0; m < MB; ++m) {
-      auto xr = D::get_n(x + m * k + at, rest);
-      for (int n = 0; n < NB; ++n) acc[n][m] = D::mac(acc[n][m], D::get_n(w + n * stride + at, rest), xr);
-    }
-  }
-  for (int n = 0; n < NB; ++n)
-    for (int m = 0; m < MB; ++m) sums[n][m] = reduce_add(acc[n][m]);
-}
-
 template <class T, int NB, int MB>
 void block_out(const LinearWeight<T>& lw, int64_t row, const T* x, int64_t m0, int64_t k) {
   float sums[NB][MB];
-  block<T, NB, MB>(lw.weight + row * lw.row_stride, lw.row_stride, x + m0 * k, k, sums);
+  const T* inputs[MB];
+  for (int m = 0; m < MB; ++m) inputs[m] = x + (m0 + m) * k;
+  dot_block<T, NB, MB>(lw.weight + row * lw.row_stride, lw.row_stride, inputs, k, sums);
   for (int m = 0; m < MB; ++m)
     for (int n = 0; n < NB; ++n) {
       float y = sums[n][m] + (lw.bias ? to_float(lw.bias[row + n]) : 0.0f);
