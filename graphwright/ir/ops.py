@@ -226,14 +226,14 @@ def routed_linear(
         ``[M, C, N]``.
     """
     tokens, choices = index.shape
-    inputs = x.expand(tokens, choices, x.shape[-1]).reshape(tokens * choices, -1)
+    inputs = x.expand(tokens, choices, x.shape[-1]).reshape(tokens * choices, x.shape[-1])
     experts = index.reshape(-1)
     out = x.new_empty((tokens * choices, weight.shape[2] if transposed else weight.shape[1]))
     for expert in experts.unique().tolist():
         rows = (experts == expert).nonzero().squeeze(1)
         matrix = weight[expert].t() if transposed else weight[expert]
         out[rows] = F.linear(inputs[rows], matrix, None if bias is None else bias[expert])
-    return out.view(tokens, choices, -1)
+    return out.view(tokens, choices, out.shape[-1])
 
 
 # --- attention -----------------------------------------------------------------------------------

@@ -78,9 +78,10 @@ def require_equal(quality: dict[str, float], dtype: torch.dtype, where: str) -> 
 
 
 def measure_decode(program: Program, workload: Workload) -> dict[str, float]:
-    """Time of one decode step at the workload's mean context, over a cache of that length."""
+    """Time of one decode step at the workload's mean context, over a cache for all of the workload."""
     context = _context(program, workload)
-    state = program.allocate(workload.batch, context + 1)
+    capacity = min(workload.capacity, program.max_positions or workload.capacity)
+    state = program.allocate(workload.batch, max(capacity, context + 1))
     state.lengths.fill_(context)
     tokens = torch.zeros((workload.batch, 1), dtype=torch.int64, device=program.device)
     counts = torch.ones(workload.batch, dtype=torch.int64, device=program.device)

@@ -15,7 +15,7 @@ from graphwright.ir.graph import Graph, value
 from graphwright.ir.printer import to_python
 from graphwright.optimizer import check, machine
 from graphwright.optimizer.graph_cache import cached_capture
-from graphwright.optimizer.optimized import OptimizedModel
+from graphwright.optimizer.optimized import OptimizedModel, weights_bytes
 from graphwright.optimizer.planner import Planned, Request, plan_exact, plan_given
 from graphwright.optimizer.progress import Progress
 from graphwright.optimizer.report import Decision, Report, Status
@@ -84,6 +84,9 @@ def optimize(
     with progress.step("checking against the stock model"):
         check_program(model, program, report, calibrated, workload, seed)
         program = undo_if_slower(model, planned.graph, program, report, workload)
+        report.measured["memory"].update(
+            weights_bytes=weights_bytes(planned.graph), prepared_bytes=step.prepared_bytes
+        )
     report.measured["seconds"] = {key: round(took, 3) for key, took in progress.seconds.items()}
     return OptimizedModel(
         program,

@@ -15,6 +15,12 @@ from graphwright.runtime.program import Program
 from graphwright.runtime.speculation import Speculation
 
 
+def weights_bytes(graph: Graph) -> int:
+    """Bytes of the storages that hold the parameters; tied weights count once."""
+    storages = (t.untyped_storage() for t in graph.parameters.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 class OptimizedModel(runtime.OptimizedModel):
     """A compiled model that stands where the transformers model stood.
 
@@ -60,12 +66,8 @@ class OptimizedModel(runtime.OptimizedModel):
             ``weights`` (shared with the stock model), ``prepared`` (matrices laid out for the kernels),
             ``cache`` (of the generations alive now) and ``total``.
         """
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in self.graph.parameters.values()
-        }
         kinds = {
-            "weights": sum(storages.values()),
+            "weights": weights_bytes(self.graph),
             "prepared": self.program.lowered.prepared_bytes,
             "cache": self.program.cache_bytes(),
         }

@@ -134,7 +134,7 @@ def mlp(dtype: torch.dtype) -> Iterator[Case]:
 
 
 ROUTED_SHAPES = (
-    # tokens, choices, experts, K, N: one token, odd sizes, more rows an expert than a block, one expert for all
+    # tokens, choices, experts, K, N: one token, odd sizes, more rows an expert than a block, one expert
     (1, 2, 4, 64, 48),
     (1, 8, 8, 33, 300),
     (3, 4, 8, 7, 3),

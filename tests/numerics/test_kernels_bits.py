@@ -72,13 +72,12 @@ def test_routed_row_alone_and_among_others(
 ) -> None:
     arguments = inputs.routed(dtype, (65, 2, experts, k, n), transposed, True, False)
     x, index = arguments["x"], arguments["index"]
-    alone = torch.stack([
-        torch.stack([
-            cpp("routed_linear", **{**arguments, "x": x[t : t + 1, c : c + 1], "index": index[t : t + 1, [c]]})[0, 0]
-            for c in range(2)
-        ])
-        for t in range(65)
-    ])  # fmt: skip
+
+    def one(t: int, c: int) -> torch.Tensor:
+        row = {"x": x[t : t + 1, c : c + 1], "index": index[t : t + 1, c : c + 1]}
+        return cpp("routed_linear", **{**arguments, **row})[0, 0]
+
+    alone = torch.stack([torch.stack([one(t, c) for c in range(2)]) for t in range(65)])
     for rows in (1, 2, 3, 8, 33, 65):
         together = cpp("routed_linear", **{**arguments, "x": x[:rows], "index": index[:rows]})
         assert torch.equal(together, alone[:rows]), rows
@@ -91,7 +90,9 @@ def test_routed_row_alone_and_among_others(
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_routed_linear_does_not_depend_on_threads(dtype: torch.dtype, transposed: bool, threads: None) -> None:
+def test_routed_linear_does_not_depend_on_threads(
+    dtype: torch.dtype, transposed: bool, threads: None
+) -> None:
     for shape in ((1, 4, 8, 96, 300), (33, 2, 5, 96, 300)):
         arguments = inputs.routed(dtype, shape, transposed, True, False)
         torch.set_num_threads(1)

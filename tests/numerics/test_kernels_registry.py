@@ -44,7 +44,7 @@ def test_fallback_says_why(x: torch.Tensor, weight: torch.Tensor, device: str, r
     (dict(bias=torch.zeros(3, 5).bfloat16()), "several dtypes"),
 ])  # fmt: skip
 def test_routed_linear_refuses_with_a_reason(changed: dict[str, torch.Tensor], reason: str) -> None:
-    given = dict(x=torch.zeros(2, 1, 4), index=torch.zeros(2, 2).long(), weight=torch.zeros(3, 5, 4), bias=None)
+    given = dict(x=torch.zeros(2, 1, 4), index=torch.zeros(2, 2).long(), weight=torch.zeros(3, 5, 4))
     assert registry.select("routed_linear", "cpu", **given).provider == "cpp"
     kernel = registry.select("routed_linear", "cpu", **{**given, **changed})
     assert kernel.provider == registry.REFERENCE and reason in kernel.reason
