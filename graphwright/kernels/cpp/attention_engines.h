@@ -146,6 +146,8 @@ class TileEngine {
     for (int block = 0; block < CHUNK / 16; ++block) {
       const int64_t first = at + block * 16;
       const bf16* run = values.run(first);
+      ahead(keys.run(first + CHUNK), keys.stride, d_);
+      ahead(values.run(first + CHUNK), values.stride, e_);
       for (int i = 0; i < 16; i += 2) {
         const bf16* even = run ? run + i * values.stride : values.at(first + i);
         const bf16* odd = run ? even + values.stride : values.at(first + i + 1);
@@ -236,6 +238,13 @@ class TileEngine {
     c.set(6, 16, int(depth * 2));
     c.set(7, int(depth / 2), 64);
     return c;
+  }
+
+  // Asks for 16 rows of the next chunk while this one is worked on.
+  static void ahead(const bf16* run, int64_t stride, int64_t width) {
+    if (!run) return;
+    for (int i = 0; i < 16; ++i)
+      for (int64_t e = 0; e < width; e += 32) _mm_prefetch(reinterpret_cast<const char*>(run + i * stride + e), _MM_HINT_T1);
   }
 
   // Two values side by side: word i of the pair is (even[i], odd[i]).
