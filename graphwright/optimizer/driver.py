@@ -231,8 +231,9 @@ def describe(
     )
     if step is not None:
         report.kernels = [
-            {"op": k.op, "provider": k.provider, "reason": f"{k.sites} sites; {k.reason}"}
+            {"op": k.op, "provider": k.provider, "reason": k.reason}
             for k in step.kernels
+            for _ in range(k.sites)
         ]
         report.decisions += _kernel_fallbacks(step, model.device, planned.plan.target)
     return report

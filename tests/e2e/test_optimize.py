@@ -40,6 +40,7 @@ def test_the_planner_places_and_compiles(chosen: gw.OptimizedModel) -> None:
     assert [d.status for d in placed] == [Status.APPLIED, Status.APPLIED]
     assert all("keys and values" in d.reason for d in placed)
     assert any(d.pass_name.startswith("speculate") for d in chosen.report.decisions)
+    assert [k["op"] for k in chosen.report.kernels].count("append_attention") == 2
 
 
 def test_predicted_stands_beside_measured(chosen: gw.OptimizedModel) -> None:
