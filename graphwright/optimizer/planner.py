@@ -65,12 +65,17 @@ class Planned:
 
 @dataclass(frozen=True)
 class Request:
-    """What the planner plans for."""
+    """What the planner plans for.
+
+    Attributes:
+        must_fit: refuse a plan that does not fit the memory, instead of saying so in the prediction.
+    """
 
     target: Target
     workload: Workload
     budget: Budget
     max_positions: int | None
+    must_fit: bool = True
 
     def estimate(self, graph: Graph) -> dict[str, Any]:
         """The predicted part of the report for a graph."""
@@ -250,7 +255,7 @@ def _planned(
 
 
 def _check_memory(best: _Option, request: Request) -> None:
-    if best.memory > request.memory_limit:
+    if request.must_fit and best.memory > request.memory_limit:
         raise BudgetError(
             f"no plan fits: the smallest needs {best.memory / 2**30:.3g} GiB, the limit is "
             f"{request.memory_limit / 2**30:.3g} GiB",

@@ -30,7 +30,8 @@ def plan(
 
     Args:
         model_or_config: a model, a configuration, or a path to a ``config.json`` or its folder.
-        target, workload, budget: as for ``optimize``.
+        target, workload, budget: as for ``optimize``. Whether the workload fits the target's memory is
+            part of the answer (``predicted["memory"]["fits"]``); a budget that is exceeded is an error.
 
     Raises:
         GraphwrightError: no such target, an unsupported model, or a budget that no plan meets.
@@ -44,7 +45,13 @@ def plan(
         graph, notes = capture_step(model)
         before = to_python(graph)
     with progress.step("planning"):
-        request = Request(machine, workload or Workload(), budget or Budget(), max_positions(model.config))
+        request = Request(
+            machine,
+            workload or Workload(),
+            budget or Budget(),
+            max_positions(model.config),
+            must_fit=budget is not None and budget.memory_bytes is not None,
+        )
         planned = plan_exact(graph, request)
     report = describe(model, planned, None, notes, before)
     report.measured["seconds"] = {key: round(took, 3) for key, took in progress.seconds.items()}

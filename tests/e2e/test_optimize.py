@@ -117,6 +117,17 @@ def test_plan_needs_no_weights(tmp_path: Path) -> None:
     assert report.measured.keys() == {"seconds"}
 
 
+def test_plan_answers_whether_it_fits() -> None:
+    """Without a budget, too little memory is an answer; with one, it is an error."""
+    config = tiny_config("llama", max_position_embeddings=1 << 30)
+    workload = gw.Workload(batch=64, prompt=1 << 28, generate=32)
+    memory = gw.plan(config, "h100", workload=workload).predicted["memory"]
+    assert not memory["fits"]
+    assert memory["largest_batch"] < 64
+    with pytest.raises(BudgetError, match="closest plan"):
+        gw.plan(config, "h100", workload=workload, budget=gw.Budget(memory="80GiB"))
+
+
 def test_plan_refuses_what_is_no_decoder(tmp_path: Path) -> None:
     """A path without a configuration, and an object that is none."""
     with pytest.raises(InputError, match="no readable model configuration"):
