@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx.node import Node
 
-from graphwright.ir.graph import Graph, value
+from graphwright.ir.graph import Graph
 from graphwright.runtime.lowering.compile import Runner, compile_piece, run_as_is
 from graphwright.runtime.lowering.fold import fold_parameters
 from graphwright.runtime.lowering.kernels import (
@@ -42,15 +42,17 @@ class LoweredStep:
 
     Attributes:
         inputs: slot of each graph input by name.
-        states: slot and fake tensor of each state by name; ``window`` in its metadata.
+        states: slot of each state by name.
+        state_nodes: its node, with shape and ``window`` in the metadata.
         calls: (function, input slots, output slots), in order.
         tail: index of the call after which only the wanted rows go on; None if rows cannot be cut.
         tail_slot: the slot ``[B, T, F]`` that is cut.
         result: slot of the logits.
-        constants: slots that hold parameters.
+        slots: the initial content of all slots: parameters, and None elsewhere.
         kernels: which implementation runs what.
-        structures: distinct pieces against pieces.
+        structures: distinct pieces, and pieces.
         prepared_bytes: storage made for folded parameters.
+        compiled: whether the pieces went through Inductor.
     """
 
     inputs: dict[str, int]
@@ -65,7 +67,6 @@ class LoweredStep:
     structures: tuple[int, int]
     prepared_bytes: int
     compiled: bool
-    fallbacks: list[str] = field(default_factory=list)
 
 
 def lower(
@@ -142,9 +143,3 @@ def _assemble(graph: Graph, pieces: list[Piece], runners: list[Runner]) -> Lower
         prepared_bytes=0,
         compiled=False,
     )
-
-
-def state_shape(node: Node) -> tuple[int, int]:
-    """Groups and features of a state ``[B, G, S, D]``."""
-    shape = value(node).shape
-    return int(shape[1]), int(shape[3])
