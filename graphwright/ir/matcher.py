@@ -21,6 +21,7 @@ match; views, slices and casts are free or nearly so and may be shared.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,12 +151,12 @@ class Found:
 EMPTY = Found({}, frozenset())
 
 
-class Pattern:
+class Pattern(ABC):
     """Something that a value in the graph can match, possibly in several ways."""
 
+    @abstractmethod
     def match(self, candidate: Any, found: Found) -> Iterator[Found]:
         """Every way in which ``candidate`` (a node or a constant) extends ``found``."""
-        raise AssertionError(f"{type(self).__name__} does not say how it matches")  # pragma: no cover
 
 
 @dataclass(frozen=True)

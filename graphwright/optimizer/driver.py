@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from graphwright.optimizer.optimized import OptimizedModel, weights_bytes
 from graphwright.optimizer.planner import Planned, Request, plan_exact, plan_given
 from graphwright.optimizer.progress import Progress
 from graphwright.optimizer.report import Decision, Report, Status
-from graphwright.optimizer.validate import check_calibration, check_model
+from graphwright.optimizer.validate import check_calibration, check_model, check_target_device
 from graphwright.passes.base import Pass
 from graphwright.runtime.lowering import LoweredStep, LoweringOptions, lower
 from graphwright.runtime.program import Program
@@ -79,6 +80,9 @@ def optimize(
         build_kernels(model.device)
     with progress.step("lowering"):
         step, fallbacks = lower_planned(planned.graph, model.device)
+    elsewhere = check_target_device(model, machine_target)
+    if elsewhere is not None:
+        fallbacks.append(Decision("lower", "", Status.FALLBACK, elsewhere, None, None, "exact"))
     report = describe(model, planned, step, notes, before, fallbacks)
     program = make_program(model, planned.graph, step)
     with progress.step("checking against the stock model"):
@@ -220,7 +224,7 @@ def describe(
     report = Report(
         model=model_line(model),
         target=planned.plan.target,
-        workload=workload_dict(planned.plan.workload),
+        workload=asdict(planned.plan.workload),
         decisions=[*planned.decisions, *more],
         predicted={**planned.predicted, "before": planned.baseline["decode"]},
         ops=graph.counts(),
@@ -235,24 +239,18 @@ def describe(
             for k in step.kernels
             for _ in range(k.sites)
         ]
-        report.decisions += _kernel_fallbacks(step, model.device, planned.plan.target)
+        report.decisions += _kernel_fallbacks(step)
     return report
 
 
-def _kernel_fallbacks(step: LoweredStep, device: torch.device, target: str) -> list[Decision]:
-    found = [
+def _kernel_fallbacks(step: LoweredStep) -> list[Decision]:
+    return [
         Decision(
             f"kernel {k.op}", "", Status.FALLBACK, f"runs its reference body: {k.reason}", None, None, "exact"
         )
         for k in step.kernels
         if k.provider == "reference"
     ]
-    runs_on = "cpu" if device.type == "cpu" else "cuda"
-    wanted = resolve_target(target, calibrate=False).kind
-    if (wanted == "cpu") != (runs_on == "cpu"):
-        reason = f"planned for {target}, but the model is on {device}, where the program runs"
-        found.append(Decision("lower", "", Status.FALLBACK, reason, None, None, "exact"))
-    return found
 
 
 # --- facts ---------------------------------------------------------------------------------------
@@ -287,13 +285,3 @@ def model_line(model: PreTrainedModel) -> str:
     """``LlamaForCausalLM, 134.5 M parameters, bfloat16``."""
     count = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__}, {count / 1e6:,.1f} M parameters, {str(model.dtype).split('.')[1]}"
-
-
-def workload_dict(workload: Workload) -> dict[str, int]:
-    """A workload as the report holds it."""
-    return {
-        "batch": workload.batch,
-        "prompt": workload.prompt,
-        "generate": workload.generate,
-        "shared_prefix": workload.shared_prefix,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import graphwright as gw
+from graphwright.cost_model.target import resolve_target
 from graphwright.ir.errors import (
     BudgetError,
     InputError,
@@ -103,6 +105,14 @@ def test_a_target_that_is_not_here_is_in_the_report(llama: Any) -> None:
     fast = gw.optimize(llama, "h100", passes=["place_cache"])
     fallbacks = fast.report.by_status(Status.FALLBACK)
     assert any("planned for h100" in d.reason for d in fallbacks)
+
+
+def test_a_target_of_ones_own(llama: Any) -> None:
+    """A ``Target`` object need not be in the catalog."""
+    mine = dataclasses.replace(resolve_target("h100"), name="my-card")
+    fast = gw.optimize(llama, mine, passes=["place_cache"])
+    assert fast.plan.target == "my-card"
+    assert any("planned for my-card" in d.reason for d in fast.report.by_status(Status.FALLBACK))
 
 
 def test_plan_needs_no_weights(tmp_path: Path) -> None:
