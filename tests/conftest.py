@@ -21,8 +21,11 @@ MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Two workers on two cores must not fight over them."""
+    """Two workers on two cores must not fight over them, nor measure the machine."""
     torch.set_num_threads(1)
+    from tests.machine import install
+
+    install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,142 +1,195 @@
-"""Measuring the CPU at hand: read bandwidth, matrix products, the cost of starting a small op.
+"""Measuring the machine at hand, once: the figures are kept in the user's cache folder.
 
-The figures are kept in the user's cache folder (``$GRAPHWRIGHT_CACHE_DIR`` overrides it), one file for
-each CPU model and number of threads.
+One file for each device and number of threads, written whole or not at all. Two processes that measure
+at once would disturb each other, so the second waits for the first and reads its result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
-import platform
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_dir
+from filelock import FileLock
 
-from graphwright.cost_model.target import Target, interpolate_bandwidth
+from graphwright.cost_model.host import (
+    CACHE_VARIABLE,
+    cache_folder,
+    cpu_name,
+    last_level_cache,
+    system_memory,
+)
+from graphwright.cost_model.measure import (
+    BUFFER_BYTES,
+    MIB,
+    Clock,
+    Curve,
+    Kernels,
+    activation_rate,
+    attention_curve,
+    linear_curve,
+    matmul_rate,
+    read_rates,
+    small_op_seconds,
+)
+from graphwright.cost_model.target import Target, freeze_curves
 from graphwright.ir.errors import InputError
 
-CACHE_VARIABLE = "GRAPHWRIGHT_CACHE_DIR"
-_VERSION = 1
-_MIB = 2**20
-# Larger than most last-level caches, so that a sum over it reads memory.
-_BUFFER_BYTES = 512 * _MIB
-_ASSUMED_CACHE = 32 * _MIB
+__all__ = [
+    "CACHE_VARIABLE",
+    "Kernels",
+    "Measured",
+    "apply_measured",
+    "cached_measured",
+    "cpu_name",
+    "measure",
+    "store",
+]
+
+_VERSION = 2
+_ASSUMED_CACHE = 32 * MIB
+_DTYPES = (torch.float32, torch.bfloat16)
 
 Progress = Callable[[str, float], None]
-#: ``x [M, K]`` and ``weight [N, K]`` to ``[M, N]``.
-LinearKernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on one CPU.
+    """What was measured on one device.
 
     Args:
-        cpu, threads: which CPU, and torch's threads at the time.
+        device: its name, and for a CPU ``threads`` of torch at the time (0 for others).
         bandwidth: bytes per second read from a buffer of ``buffer_bytes``.
-        flops: operations per second of a square matrix product, by dtype name.
-        launch_overhead: seconds of one small op called from Python.
+        flops: operations per second of square matrix products, by dtype name; the faster of the
+            library's and the program's own.
+        launch_overhead: seconds that a launch adds to a step.
         buffer_bytes: the buffer; a last-level cache that is larger keeps part of it.
-        bandwidths: ``[bytes, bytes per second]`` of smaller buffers too, the largest last: a step that reads
-            little reads it from caches.
-        efficiencies: fractions of ``bandwidth`` and ``flops`` that the program's kernels reach,
-            e.g. ``linear_bandwidth``; only what was measured.
+        bandwidths: ``[bytes, bytes per second]`` of smaller buffers too, the largest last: a step that
+            reads little reads it from caches.
+        curves: by kernel and dtype (``linear.bfloat16``), ``[operations per byte, seconds per byte]``.
+        launches: likewise, seconds that a launch takes beyond its bytes and ``launch_overhead``.
+        activation_rates: by dtype, bytes per second of the arithmetic between kernels.
     """
 
-    cpu: str
+    device: str
     threads: int
     bandwidth: float
     flops: dict[str, float]
     launch_overhead: float
     buffer_bytes: int
     bandwidths: list[list[float]] = field(default_factory=list)
-    efficiencies: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    launches: dict[str, float] = field(default_factory=dict)
+    activation_rates: dict[str, float] = field(default_factory=dict)
+
+    def figures(self) -> Iterator[float]:
+        """Every number; a usable measurement has only finite ones above zero."""
+        yield from (self.bandwidth, self.launch_overhead, *self.flops.values(), *self.launches.values())
+        yield from self.activation_rates.values()
+        for curve in (self.bandwidths, *self.curves.values()):
+            for point in curve:
+                yield from point
 
 
-def measure_cpu(
+def measure(
+    kernels: Kernels | None = None,
+    device: torch.device | None = None,
     progress: Progress | None = None,
-    seconds: float = 2.0,
+    seconds: float = 6.0,
     *,
-    linear: LinearKernel | None = None,
     refresh: bool = False,
 ) -> Measured:
-    """This CPU's figures, measured once and then read from the cache folder.
+    """This machine's figures, measured once and then read from the cache folder.
 
     Args:
+        kernels: what programs run here; without them, only what the library does is measured.
+        device: the CPU by default.
         progress: called with what is being measured and the fraction done.
-        seconds: about how long to measure for (filling the buffer comes on top).
-        linear: a kernel for one row against bfloat16 weights; the fraction of the bandwidth that it
-            reaches becomes ``linear_bandwidth``.
+        seconds: about how long to measure for (filling the buffers comes on top).
         refresh: measure again although figures exist.
 
     Raises:
-        InputError: ``seconds`` is not above zero.
+        InputError: ``seconds`` is not a finite number above zero.
     """
-    if not seconds > 0:
-        raise InputError(f"seconds must be above zero, not {seconds!r}", where="measure_cpu(seconds=...)")
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise InputError(f"seconds must be above zero, not {seconds!r}", where="measure(seconds=...)")
+    device = device or torch.device("cpu")
     tell = progress or (lambda step, done: None)
-    measured = None if refresh else cached_measured()
-    if measured is None:
-        measured = _measure(tell, seconds)
-        _store(measured)
-    if linear is not None and "linear_bandwidth" not in measured.efficiencies:
-        tell("one-row linear", 0.9)
-        size, rate = _linear_rate(linear, seconds / 4)
-        fraction = rate / interpolate_bandwidth(measured.bandwidths, size)
-        measured = replace(measured, efficiencies={**measured.efficiencies, "linear_bandwidth": fraction})
-        _store(measured)
+    with _alone(_path(device)):
+        measured = None if refresh else cached_measured(device)
+        if measured is None or (kernels is not None and not measured.curves):
+            measured = _measure(kernels, device, tell, seconds)
+            store(measured, device)
     tell("done", 1.0)
     return measured
 
 
-def cached_measured() -> Measured | None:
-    """The stored figures of this CPU at this number of threads, or None; a damaged file counts as none."""
+def cached_measured(device: torch.device | None = None) -> Measured | None:
+    """The stored figures of a device (the CPU at this number of threads by default); None if damaged."""
     try:
-        data = json.loads(_path().read_text(encoding="utf-8"))
+        data = json.loads(_path(device or torch.device("cpu")).read_text(encoding="utf-8"))
         if data.pop("version") != _VERSION:
             return None
         found = Measured(**data)
-        rates = (found.bandwidth, found.launch_overhead, *found.flops.values(), *found.efficiencies.values())
-        return found if all(rate > 0 for rate in rates) and found.flops else None
+        usable = all(math.isfinite(number) and number > 0 for number in found.figures())
+        return found if usable and found.flops and found.bandwidths else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def apply_measured(target: Target, measured: Measured | None) -> Target:
-    """The ``cpu`` target as this machine: its memory and caches, and what was measured of it.
+def stored_at(device: torch.device | None = None) -> Path:
+    """The file that holds (or would hold) a device's figures."""
+    return _path(device or torch.device("cpu"))
 
+
+def apply_measured(target: Target, measured: Measured | None) -> Target:
+    """The target as this machine: what the system reports, and what was measured.
+
+    Peaks of a data sheet stay as they are; a CPU has none, so there the measured figures take their place.
     Figures that were not measured stay as the target file assumes them, and ``sources`` says so.
     """
+    here = _reported(target) if target.kind == "cpu" else target
+    if measured is None:
+        return here
+    on = f"{measured.device}, {measured.threads} threads" if measured.threads else measured.device
+    note = f"measured on {on}"
+    reads = f"{note}: reading {measured.buffer_bytes // MIB} MiB"
+    cache = last_level_cache() if target.kind == "cpu" else 0
+    if cache >= measured.buffer_bytes // 2:
+        reads += f"; the last-level cache of {cache // MIB} MiB may hold part of it"
+    sources = {**here.sources, "launch_overhead": f"{note}: a launch inside a program"}
+    for name in (*measured.curves, *measured.activation_rates):
+        sources[f"measured.{name}"] = note
+    here = replace(
+        here, launch_overhead=measured.launch_overhead, curves=freeze_curves(measured.curves),
+        launches=measured.launches, activation_rates=measured.activation_rates, sources=sources,
+    )  # fmt: skip
+    if target.kind != "cpu":
+        fraction = min(1.0, measured.bandwidth / target.bandwidth)
+        return replace(here, measured={**target.measured, "bandwidth_fraction": fraction})
+    kept = {name: text for name, text in sources.items() if not name.startswith("peak_flops")}
+    peaks = {f"peak_flops.{dtype}": f"{note}: the fastest matrix product" for dtype in measured.flops}
+    return replace(
+        here, bandwidth=measured.bandwidth, peak_flops=measured.flops,
+        bandwidths=tuple((size, rate) for size, rate in measured.bandwidths),
+        sources={**kept, "bandwidth": reads, **peaks},
+    )  # fmt: skip
+
+
+def _reported(target: Target) -> Target:
     cache = last_level_cache()
     known = "reported by the system" if cache else "assumed: the system does not report its caches"
     sources = {**target.sources, "memory": "reported by the system", "on_chip_cache": known}
-    here = replace(
+    return replace(
         target, title=cpu_name(), threads=torch.get_num_threads(), memory_bytes=system_memory(),
         on_chip_cache=cache or _ASSUMED_CACHE, sources=sources,
-    )  # fmt: skip
-    if measured is None:
-        return here
-    note = f"measured on {measured.cpu}, {measured.threads} threads"
-    reads = f"{note}: reading {measured.buffer_bytes // _MIB} MiB"
-    if cache >= measured.buffer_bytes // 2:
-        reads += f"; the last-level cache of {cache // _MIB} MiB may hold part of it"
-    sources |= {"bandwidth": reads, "launch_overhead": f"{note}: a small op from Python"}
-    sources = {name: source for name, source in sources.items() if not name.startswith("peak_flops")}
-    sources |= {f"peak_flops.{dtype}": f"{note}: square matrix product" for dtype in measured.flops}
-    return replace(
-        here, bandwidth=measured.bandwidth, peak_flops=measured.flops, sources=sources,
-        launch_overhead=measured.launch_overhead, measured=measured.efficiencies,
-        bandwidths=tuple((size, rate) for size, rate in measured.bandwidths),
     )  # fmt: skip
 
 
@@ -144,178 +197,76 @@ def apply_measured(target: Target, measured: Measured | None) -> Target:
 
 
 @torch.no_grad()
-def _measure(tell: Progress, seconds: float) -> Measured:
+def _measure(kernels: Kernels | None, device: torch.device, tell: Progress, seconds: float) -> Measured:
+    clock = Clock(device, seconds / 60)
     tell("read bandwidth", 0.0)
-    size = min(_BUFFER_BYTES, system_memory() // 16)
-    bandwidths = _read_rates(size, seconds / 3)
-    tell("float32 matrix product", 0.3)
-    flops = {"float32": _matmul_rate(torch.float32, seconds / 5)}
-    tell("small op", 0.45)
-    overhead = _small_op_seconds(seconds / 20)
-    tell("bfloat16 matrix product", 0.5)
-    bfloat16 = _bfloat16_rate(seconds / 5)
-    if bfloat16:
-        flops["bfloat16"] = bfloat16
-    return Measured(cpu_name(), torch.get_num_threads(), bandwidths[-1][1], flops, overhead, size, bandwidths)
+    memory = system_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[1]
+    size = min(BUFFER_BYTES, memory // 16)
+    bandwidths = read_rates(size, clock)
+    tell("matrix product", 0.2)
+    flops = {"float32": matmul_rate(torch.float32, clock)}
+    if device.type != "cpu":  # on CPUs the program's own kernel says it; the library's may crash
+        flops["bfloat16"] = matmul_rate(torch.bfloat16, clock)
+    curves: dict[str, Curve] = {}
+    launches: dict[str, float] = {}
+    activations: dict[str, float] = {}
+    if kernels is not None:
+        for index, dtype in enumerate(_DTYPES):
+            name = str(dtype).removeprefix("torch.")
+            tell(f"{name} linear", 0.25 + 0.3 * index)
+            key = f"linear.{name}"
+            launches[key], curves[key] = linear_curve(kernels.linear, dtype, clock, size)
+            tell(f"{name} attention", 0.4 + 0.3 * index)
+            key = f"attention.{name}"
+            launches[key], curves[key] = attention_curve(kernels.attention, dtype, clock, size)
+            reached = max(intensity / per_byte for intensity, per_byte in curves[f"linear.{name}"])
+            flops[name] = max(flops.get(name, 0.0), reached)
+            if device.type == "cpu":
+                activations[name] = activation_rate(dtype, clock)
+    tell("launches", 0.9)
+    launch = kernels.launch() if kernels is not None and kernels.launch else small_op_seconds(clock)
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return Measured(
+        _device_name(device), threads, bandwidths[-1][1], flops, launch, size, bandwidths,
+        curves, {name: max(s, 1e-9) for name, s in launches.items()}, activations,
+    )  # fmt: skip
 
 
-def _best_seconds(run: Callable[[], object], limit: float, least: int = 3) -> float:
-    """The shortest of several runs: other work on the machine only ever makes a run longer."""
-    best, started = float("inf"), time.perf_counter()
-    runs = 0
-    while runs < least or time.perf_counter() - started < limit:
-        before = time.perf_counter()
-        run()
-        now = time.perf_counter()
-        best, runs = min(best, now - before), runs + 1
-        if now - started > 3 * limit:  # a slow machine: one run must do
-            break
-    return best
+# --- where it is kept ----------------------------------------------------------------------------
 
 
-def _read_rates(size: int, limit: float) -> list[list[float]]:
-    """Bytes per second from buffers of growing size, by whichever of a sum and a dot product is faster."""
-    buffer = torch.ones(size // 4, dtype=torch.float32)
-    rates: list[list[float]] = []
-    for part in (16, 4, 2, 1):
-        values = buffer[: len(buffer) // part]
-        half = len(values) // 2
-        runs = (values.sum, partial(torch.dot, values[:half], values[half:]))
-        seconds = min(_best_seconds(run, limit / 8) for run in runs)
-        rates.append([float(values.nbytes), values.nbytes / seconds])
-    # A larger buffer is never read faster; where it seems so, the smaller one was disturbed.
-    for index in range(len(rates) - 2, -1, -1):
-        rates[index][1] = max(rates[index][1], rates[index + 1][1])
-    return rates
+def _device_name(device: torch.device) -> str:
+    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
-def _matmul_rate(dtype: torch.dtype, limit: float) -> float:
-    """Doubles the size while a product is short, so that neither fast nor slow machines wait."""
-    width = 128
-    while True:
-        a = torch.ones(width, width, dtype=dtype)
-        torch.mm(a, a)
-        spent = _best_seconds(partial(torch.mm, a, a), limit / 16)
-        if width >= 2048 or spent * 8 > limit / 4:
-            return 2 * width**3 / spent
-        width *= 2
+def _path(device: torch.device) -> Path:
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    key = f"{_device_name(device)}|{threads}"
+    return cache_folder() / f"{device.type}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-# Doubles the size as _matmul_rate does; needs nothing but torch, which starts faster than this package.
-_CHILD = """
-import sys, time, torch
-limit = float(sys.argv[1])
-torch.set_num_threads(int(sys.argv[2]))
-width = 128
-while True:
-    a = torch.ones(width, width, dtype=torch.bfloat16)
-    torch.mm(a, a)
-    best, started = float("inf"), time.perf_counter()
-    while time.perf_counter() - started < limit / 16 or best == float("inf"):
-        before = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - before)
-    if width >= 2048 or best * 8 > limit / 4:
-        break
-    width *= 2
-print(2 * width**3 / best)
-"""
-
-
-def _bfloat16_rate(limit: float) -> float | None:
-    """bfloat16 products in a process of its own, or None where they fail.
-
-    Virtual machines exist that announce AMX and do not have it: oneDNN's product then ends the process
-    with an illegal instruction, which must not be the caller's.
-    """
-    command = [sys.executable or "python", "-c", _CHILD, str(limit), str(torch.get_num_threads())]
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process measures at a time; a folder that cannot be written holds no lock either."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        return float(done.stdout)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-
-
-def _small_op_seconds(limit: float) -> float:
-    a = torch.ones(1, 64)
-
-    def hundred() -> None:
-        for _ in range(100):
-            torch.add(a, a)
-
-    return _best_seconds(hundred, limit) / 100
-
-
-@torch.no_grad()
-def _linear_rate(linear: LinearKernel, limit: float) -> tuple[int, float]:
-    """Bytes of many weights, and how many of them per second one row goes through."""
-    count = _BUFFER_BYTES // 2 // (1536 * 576 * 2)
-    weights = [torch.ones(1536, 576, dtype=torch.bfloat16) for _ in range(count)]
-    row = torch.ones(1, 576, dtype=torch.bfloat16)
-
-    def run() -> None:
-        for weight in weights:
-            linear(row, weight)
-
-    run()
-    size = sum(weight.nbytes for weight in weights)
-    return size, size / _best_seconds(run, limit)
-
-
-# --- the machine ---------------------------------------------------------------------------------
-
-
-def cpu_name() -> str:
-    """The CPU's model name, as the system reports it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, IndexError):
-        return platform.processor() or platform.machine() or "unknown CPU"
-
-
-def system_memory() -> int:
-    """Bytes of main memory that this process may use: the system's, or its control group's if less."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        total = 16 * 10**9
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
-        total = min(total, int(limit)) if limit.isdigit() else total
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.acquire()
     except OSError:
-        return total
-    return total
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache that CPU 0 uses; 0 if the system does not say."""
-    sizes = [0]
-    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        try:
-            text = entry.read_text(encoding="utf-8").strip()
-            sizes.append(int(text.rstrip("KMG")) * {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1], 1))
-        except (OSError, ValueError, IndexError):
-            continue
-    return max(sizes)
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept."""
-    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("graphwright"))
-
-
-def _path() -> Path:
-    key = f"{cpu_name()}|{torch.get_num_threads()}"
-    return cache_folder() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def _store(measured: Measured) -> None:
+def store(measured: Measured, device: torch.device | None = None) -> None:
     """Write all of it or nothing: another process may read, and this one may be interrupted.
 
     A cache folder that cannot be written only means that the next run measures again.
     """
-    path = _path()
+    path = _path(device or torch.device("cpu"))
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ import torch
 from torch.fx.node import Node
 
 from graphwright.cost_model.cost import ACTIVATIONS, C, Cost, Expr, T
-from graphwright.cost_model.op_costs import FUSIBLE, RULES, elementwise
+from graphwright.cost_model.op_costs import EAGER_KERNELS, FUSIBLE, RULES, elementwise
 from graphwright.cost_model.shapes import Call, Shapes, is_free, source, tensors
 from graphwright.ir.errors import InputError
-from graphwright.ir.graph import Graph, op_name
+from graphwright.ir.graph import Graph, argument, op_name
 
 HEAD, EMBEDDING, ELEMENTWISE, LINEAR, MATMUL = "lm_head", "embedding", "elementwise", "linear", "matmul"
 # Sorting and scattering are kernels of their own in every compiler.
@@ -82,18 +82,22 @@ def graph_cost(graph: Graph) -> GraphCost:
     """Price every node of a graph, captured, canonical or rewritten.
 
     Sizes must be known from ``meta["val"]``. Ops that a compiler fuses (elementwise ops, norms, rotary)
-    start one kernel per connected region, and only what enters or leaves the region is traffic.
+    start one kernel per connected region, and only what enters or leaves the region is traffic; a graph
+    that says it will not be compiled (``annotations["compile"]`` is False) starts a kernel for each step
+    of each op. Linears of one input, and an attention with its appends, are one launch (lowering joins them).
     """
     shapes = Shapes(graph)
     head = find_head(graph)
-    regions = _Regions(graph)
+    regions = _Regions(graph, fused=graph.annotations.get("compile", True))
+    joined = _joined(graph)
     memo: dict[Any, Cost] = {}
     by_node: dict[Node, Cost] = {}
     groups: dict[Node, str] = {}
     for node in graph.nodes:
         if is_free(node):
             continue
-        by_node[node] = _node_cost(node, shapes, memo) + regions.traffic(node, shapes)
+        cost = _node_cost(node, shapes, memo) + regions.traffic(node, shapes)
+        by_node[node] = cost - Cost(launches=1) if node in joined else cost
         groups[node] = HEAD if node is head else _group(node)
     return GraphCost(by_node, groups)
 
@@ -123,6 +127,21 @@ def subgraph_cost(graph: Graph, nodes: Iterable[Node], tokens: Any = C) -> Cost:
     shapes, regions = Shapes(graph), _Regions(graph, wanted)
     costs = [_node_cost(n, shapes, {}) + regions.traffic(n, shapes) for n in wanted if not is_free(n)]
     return Cost.sum(costs).substitute({T: tokens})
+
+
+def _joined(graph: Graph) -> set[Node]:
+    """Kernels that lowering joins with one that is counted."""
+    readers: dict[Node, Node] = {}
+    joined = {n for n in graph.calls("linear") if readers.setdefault(argument(n, "x"), n) is not n}
+    appends: dict[Node, list[Node]] = {}
+    for node in graph.calls("cache_append"):
+        appends.setdefault(argument(node, "store"), []).append(node)
+    for node in graph.calls("cache_attention"):
+        stores = [argument(node, "keys"), argument(node, "values")]
+        written = [appends.get(store, []) for store in stores]
+        if stores[0] is not stores[1] and all(len(found) == 1 for found in written):
+            joined.update(found[0] for found in written)
+    return joined
 
 
 def find_head(graph: Graph) -> Node | None:
@@ -198,8 +217,8 @@ class _Regions:
     of such kernels above both is equally long.
     """
 
-    def __init__(self, graph: Graph, only: set[Node] | None = None) -> None:
-        self._only = only
+    def __init__(self, graph: Graph, only: set[Node] | None = None, *, fused: bool = True) -> None:
+        self._only, self._fused = only, fused
         self._parent: dict[Node, Node] = {}
         self._started: set[Node] = set()
         self._read: set[tuple[Node, Node]] = set()
@@ -233,6 +252,8 @@ class _Regions:
             return Cost()
         region = self._find(node)
         launches = 0 if region in self._started else 1
+        if not self._fused:
+            launches = EAGER_KERNELS.get(op_name(node) or "", 1)
         self._started.add(region)
         read = [shapes.nbytes(t) for n in node.all_input_nodes for t in self._entering(source(n), region)]
         leaves = any(self._region(user) is not region for user in _computing_users(node))

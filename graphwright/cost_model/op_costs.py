@@ -23,15 +23,18 @@ Rule = Callable[[Call], Cost]
 RULES: dict[str, Rule] = {}
 #: Ops that a compiler joins with their neighbours: they start no kernel of their own.
 FUSIBLE: set[str] = set()
+#: How many kernels the reference body of a fusible op starts where nothing fuses it; 1 for others.
+EAGER_KERNELS: dict[str, int] = {}
 
 
-def cost_of(*names: str, fusible: bool = False) -> Callable[[Rule], Rule]:
+def cost_of(*names: str, fusible: bool = False, eager: int = 1) -> Callable[[Rule], Rule]:
     """Register a rule for semantic ops (``"attention"``) or other ops (``"aten.mm.default"``).
 
     Args:
         names: op names as :func:`graphwright.ir.graph.op_name` gives them.
         fusible: the op runs inside a fused kernel; launches and activation traffic are then counted per
             fused region by :func:`graphwright.cost_model.graph_cost.graph_cost`, not by the rule.
+        eager: for those, how many kernels one starts where nothing is fused.
     """
 
     def register(rule: Rule) -> Rule:
@@ -39,6 +42,7 @@ def cost_of(*names: str, fusible: bool = False) -> Callable[[Rule], Rule]:
             RULES[name] = rule
             if fusible:
                 FUSIBLE.add(name)
+                EAGER_KERNELS[name] = eager
         return rule
 
     return register
@@ -171,7 +175,7 @@ def _append(call: Call, new: tuple[str, ...], slot_bytes: Expr) -> Cost:
 @cost_of("attention")
 def _attention(call: Call) -> Cost:
     append = _append(call, ("k", "v"), _slot_bytes(call, call.val("k"), call.val("v")))
-    return append + _attend(call, "k", "v", is_cache=True)
+    return append + _attend(call, "k", "v", is_cache=True) - Cost(launches=1)
 
 
 @cost_of("cache_append")
@@ -191,7 +195,7 @@ def _append_attention(call: Call) -> Cost:
     return append + _attend(call, "keys", "values") - Cost(launches=1)
 
 
-@cost_of("slot_positions", fusible=True)
+@cost_of("slot_positions", fusible=True, eager=4)
 def _slot_positions(call: Call) -> Cost:
     """Integer arithmetic on numbers that are at hand."""
     return Cost()
@@ -200,7 +204,7 @@ def _slot_positions(call: Call) -> Cost:
 # --- what a compiler fuses -----------------------------------------------------------------------
 
 
-@cost_of("rms_norm", fusible=True)
+@cost_of("rms_norm", fusible=True, eager=8)
 def _rms_norm(call: Call) -> Cost:
     """Square, sum, scale, weight: four operations an element, in float32."""
     return Cost({"float32": 4 * call.out_numel()}, _held(call))
@@ -213,7 +217,7 @@ def _layer_norm(call: Call) -> Cost:
     return Cost({"float32": 7 * elements}, _held(call))
 
 
-@cost_of("rotary", fusible=True)
+@cost_of("rotary", fusible=True, eager=7)
 def _rotary(call: Call) -> Cost:
     """Two products and a sum an element."""
     return Cost({call.dtype("x"): 3 * call.out_numel()}, _held(call))

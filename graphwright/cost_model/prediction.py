@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from graphwright.cost_model.cost import Cost, Number, Values
 from graphwright.cost_model.graph_cost import GraphCost
-from graphwright.cost_model.target import Target
+from graphwright.cost_model.target import Target, seconds_per_byte
 
 # The measured figure that says how close to its peaks a group of ops comes.
 _FIGURE = {
@@ -78,6 +78,7 @@ def predict(
     tokens: Number = 1,
     phase: str = "verify",
     step_bytes: float | None = None,
+    op: str = "op",
 ) -> Prediction:
     """Time of one step.
 
@@ -91,12 +92,12 @@ def predict(
         step_bytes: what the whole step reads, which decides how much of it caches hold from step to step
             (:meth:`Target.read_rate`). By default a graph is a whole step, and a cost is a part of one
             that is too large for caches.
+        op: for a cost, the op that it is of (``cache_attention``), to use what was measured of its kernel.
     """
     if isinstance(cost, GraphCost):
         return _predict_groups(cost.phase(phase), target, batch, context, tokens, step_bytes)
     values = cost.at(batch=batch, context=context, tokens=tokens)
-    rate = target.bandwidth if step_bytes is None else target.read_rate(step_bytes)
-    return _predict_one("op", values, target, rate)
+    return _predict_one(op, values, _Step(target, step_bytes, main_dtype([values])))
 
 
 def predict_prefill(
@@ -138,24 +139,77 @@ def _predict_groups(
     numbers = {name: cost.at(batch=batch, context=context, tokens=tokens) for name, cost in groups.items()}
     if step_bytes is None:
         step_bytes = sum(values.bytes_read for values in numbers.values())
-    rate = target.read_rate(step_bytes)
+    step = _Step(target, step_bytes, main_dtype(numbers.values()))
     total = Prediction(0.0, 0.0, 0.0, 0.0)
     for name, values in numbers.items():
-        total = total + _predict_one(name, values, target, rate)
+        total = total + _predict_one(name, values, step)
     return total
 
 
-def _predict_one(name: str, values: Values, target: Target, rate: float) -> Prediction:
-    figure = _FIGURE.get(name, name)
-    compute = sum(flops / target.flops_rate(dtype) for dtype, flops in values.flops.items())
-    compute /= target.efficiency(f"{figure}_flops")
-    memory = off_chip_bytes(values, target) / (rate * target.efficiency(f"{figure}_bandwidth"))
-    launch = values.launches * target.launch_overhead
-    seconds = max(compute, memory) + launch
+@dataclass(frozen=True)
+class _Step:
+    """The step that a group of ops is a part of: where it runs, what all of it reads, its main dtype."""
+
+    target: Target
+    bytes: float | None
+    dtype: str
+
+    @property
+    def read_rate(self) -> float:
+        return self.target.bandwidth if self.bytes is None else self.target.read_rate(self.bytes)
+
+    @property
+    def cache_speedup(self) -> float:
+        return 1.0 if self.bytes is None else self.target.cache_speedup(self.bytes)
+
+
+def main_dtype(parts: Iterable[Values]) -> str:
+    """The dtype of most of the arithmetic: that of the matrix products."""
+    flops: dict[str, float] = {}
+    for values in parts:
+        for dtype, count in values.flops.items():
+            flops[dtype] = flops.get(dtype, 0.0) + count
+    return max(flops, key=lambda dtype: flops[dtype], default="float32")
+
+
+def _predict_one(name: str, values: Values, step: _Step) -> Prediction:
+    target = step.target
+    kernel = f"{_FIGURE.get(name, name)}.{main_dtype([values])}"
+    moved = values.bytes_read + values.bytes_written
+    if kernel in target.curves and moved:
+        memory, compute, launch = _on_curve(kernel, values, moved, step)
+        seconds = memory + compute + launch
+    else:
+        compute, memory, launch = _below_peaks(name, values, step)
+        seconds = max(compute, memory) + launch
     return Prediction(
         seconds, compute, memory, launch, values.total_flops, values.bytes_read, values.bytes_written,
         values.launches, {name: seconds},
     )  # fmt: skip
+
+
+def _on_curve(kernel: str, values: Values, moved: float, step: _Step) -> tuple[float, float, float]:
+    """Memory, compute and launch seconds of a measured kernel; compute is what it adds to reading."""
+    curve = step.target.curves[kernel]
+    reading = curve[0][1]
+    arithmetic = seconds_per_byte(curve, values.total_flops / moved) - reading
+    # Curves are measured on what no cache holds; a small step reads faster, its launches included.
+    speedup = step.cache_speedup
+    launch = step.target.launch_overhead + step.target.launches.get(kernel, 0.0) / speedup
+    return moved * reading / speedup, moved * arithmetic, values.launches * launch
+
+
+def _below_peaks(name: str, values: Values, step: _Step) -> tuple[float, float, float]:
+    """Compute, memory and launch seconds from peaks, and the fractions of them that were measured."""
+    target = step.target
+    figure = _FIGURE.get(name, name)
+    compute = sum(flops / target.flops_rate(dtype) for dtype, flops in values.flops.items())
+    compute /= target.efficiency(f"{figure}_flops")
+    bandwidth = step.read_rate * target.efficiency("bandwidth_fraction")
+    memory = off_chip_bytes(values, target) / (bandwidth * target.efficiency(f"{figure}_bandwidth"))
+    if step.dtype in target.activation_rates:
+        memory += values.activation_bytes / target.activation_rates[step.dtype]
+    return compute, memory, values.launches * target.launch_overhead
 
 
 def off_chip_bytes(values: Values, target: Target) -> float:

@@ -10,8 +10,7 @@ import difflib
 import itertools
 import math
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +21,8 @@ import torch
 
 from graphwright.ir.errors import InputError, UnknownTargetError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+#: ``(operations per byte, seconds per byte)``, ascending.
+Curve = tuple[tuple[float, float], ...]
 
 FOLDER = Path(__file__).with_name("targets")
 VENDORS = ("cpu", "nvidia", "amd")
@@ -63,6 +60,10 @@ class Target:
         threads: CPU threads; 0 for others.
         bandwidths: measured ``(bytes, bytes per second)`` by how much a step reads, ascending; empty where
             only the peak is known.
+        curves: measured time of kernels, by kernel and dtype (``linear.bfloat16``): ``(operations per byte,
+            seconds per byte)`` ascending, read from memory. Empty where only the peaks are known.
+        launches: for the same kernels, seconds of a launch beyond its bytes and ``launch_overhead``.
+        activation_rates: by dtype, measured bytes per second of the arithmetic between kernels.
     """
 
     name: str
@@ -81,9 +82,12 @@ class Target:
     device_names: tuple[str, ...] = ()
     threads: int = 0
     bandwidths: tuple[tuple[float, float], ...] = ()
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    launches: Mapping[str, float] = field(default_factory=dict)
+    activation_rates: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("peak_flops", "sources", "measured"):
+        for name in ("peak_flops", "sources", "measured", "curves", "launches", "activation_rates"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         where = f"target {self.name!r}"
         for figure, number in self._figures():
@@ -114,6 +118,10 @@ class Target:
         """Bytes per second for a step that reads so many bytes; caches keep a small step's."""
         return interpolate_bandwidth(self.bandwidths, step_bytes) if self.bandwidths else self.bandwidth
 
+    def cache_speedup(self, step_bytes: float) -> float:
+        """How many times faster a step that reads so many bytes gets them than one beyond all caches."""
+        return self.read_rate(step_bytes) / self.bandwidths[-1][1] if self.bandwidths else 1.0
+
     def efficiency(self, figure: str) -> float:
         """The measured fraction of a peak, e.g. ``linear_bandwidth``; 1 where nothing was measured."""
         return self.measured.get(figure, 1.0)
@@ -129,6 +137,24 @@ class Target:
 
     def __str__(self) -> str:
         return self.name
+
+
+def freeze_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Curve]:
+    """Measured curves as a target holds them."""
+    return {name: tuple((point[0], point[1]) for point in curve) for name, curve in curves.items()}
+
+
+def seconds_per_byte(curve: Curve, intensity: float) -> float:
+    """Time of a byte that takes so many operations, linear between measured points.
+
+    Below the first point it is flat, as memory bounds it; beyond the last it grows with the arithmetic.
+    """
+    if intensity <= curve[0][0]:
+        return curve[0][1]
+    for (low, fast), (high, slow) in itertools.pairwise(curve):
+        if intensity <= high:
+            return fast + (slow - fast) * (intensity - low) / (high - low)
+    return curve[-1][1] * intensity / curve[-1][0]
 
 
 def interpolate_bandwidth(bandwidths: Sequence[Sequence[float]], step_bytes: float) -> float:
@@ -149,57 +175,10 @@ def _si(number: float) -> str:
     return f"{number:.3g} "
 
 
-def load_target(path: str | Path) -> Target:
-    """Read a target file.
-
-    Raises:
-        InputError: not readable, not TOML, or a figure is missing, absurd or without a source.
-    """
-    path = Path(path)
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"not a readable target file: {error}", where=str(path)) from None
-    try:
-        return _from_data(data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"a target file lacks {error} or has it in another form",
-            where=str(path),
-            hint="h100.toml shows what a target file holds",
-        ) from None
-
-
-def _from_data(data: dict[str, Any]) -> Target:
-    sources: dict[str, str] = {}
-
-    def figure(name: str, entry: dict[str, Any]) -> Any:
-        sources[name] = entry["source"]
-        return entry["value"]
-
-    cache = data.get("on_chip_cache")
-    return Target(
-        name=data["name"],
-        title=data["title"],
-        vendor=data["vendor"],
-        kind=data["kind"],
-        arch=data["arch"],
-        aliases=tuple(data.get("aliases", ())),
-        device_names=tuple(data.get("device_names", ())),
-        memory_bytes=figure("memory", data["memory"]),
-        bandwidth=figure("bandwidth", data["bandwidth"]),
-        on_chip_cache=figure("on_chip_cache", cache) if cache else 0,
-        launch_overhead=figure("launch_overhead", data["launch_overhead"]),
-        peak_flops={
-            dtype: figure(f"peak_flops.{dtype}", entry) for dtype, entry in data["peak_flops"].items()
-        },
-        measured=data.get("measured", {}),
-        sources=sources,
-    )
-
-
 @lru_cache(maxsize=1)
 def _known() -> dict[str, Target]:
+    from graphwright.cost_model.target_file import load_target
+
     found = [load_target(path) for path in sorted(FOLDER.glob("*.toml"))]
     found.sort(key=lambda target: (VENDORS.index(target.vendor), target.name))
     return {target.name: target for target in found}
@@ -211,20 +190,13 @@ def targets() -> dict[str, str]:
     return {name: cpu if target.kind == "cpu" else target.line for name, target in _known().items()}
 
 
-def resolve_target(
-    name: str | Target = "auto",
-    *,
-    calibrate: bool = True,
-    progress: Callable[[str, float], None] | None = None,
-) -> Target:
-    """The target of a name or alias.
+def resolve_target(name: str | Target = "auto") -> Target:
+    """The target of a name or alias; nothing is measured.
 
     Args:
         name: ``cpu``, ``auto``, a name of :func:`targets` (case and ``_`` or spaces do not matter), or a
-            target, which is returned as it is.
-        calibrate: measure this CPU if it was never measured (about two seconds); otherwise its figures
-            are assumed, and their source says so.
-        progress: called with a step's name and the fraction done.
+            target, which is returned as it is. The machine at hand comes with what was measured of it
+            (``graphwright calibrate``); otherwise its figures are assumed, and their source says so.
 
     Raises:
         UnknownTargetError: no such target; the message lists the nearest names.
@@ -234,11 +206,9 @@ def resolve_target(
     if not isinstance(name, str):
         raise InputError(f"a target is a name, not {name!r}", where="target=...", hint='for example "cpu"')
     wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
+    here = _device_target()
     if wanted == "auto":
-        found = _device_target()
-        wanted = found.name if found else "cpu"
-        if found:
-            return found
+        wanted = here.name if here else "cpu"
     by_name = {alias: target for target in _known().values() for alias in (target.name, *target.aliases)}
     if wanted not in by_name:
         near = difflib.get_close_matches(wanted, by_name, n=4, cutoff=0.4) or sorted(_known())
@@ -246,14 +216,15 @@ def resolve_target(
             f"there is no target {name!r}", where="target=...", hint=f"did you mean {', '.join(near)}?"
         )
     target = by_name[wanted]
-    return _this_cpu(target, calibrate, progress) if target.kind == "cpu" else target
+    if here is not None and here.name == target.name:
+        return _as_measured(here, torch.device("cuda", 0))
+    return _as_measured(target, torch.device("cpu")) if target.kind == "cpu" else target
 
 
-def _this_cpu(target: Target, calibrate: bool, progress: Callable[[str, float], None] | None) -> Target:
-    from graphwright.cost_model.calibrate import apply_measured, cached_measured, measure_cpu
+def _as_measured(target: Target, device: torch.device) -> Target:
+    from graphwright.cost_model.calibrate import apply_measured, cached_measured
 
-    measured = measure_cpu(progress) if calibrate else cached_measured()
-    return apply_measured(target, measured)
+    return apply_measured(target, cached_measured(device))
 
 
 def _device_target() -> Target | None:

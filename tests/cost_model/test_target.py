@@ -87,7 +87,7 @@ def test_auto_follows_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     assert resolve_target("auto").name == "h200"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_target("auto", calibrate=False).name == "cpu"
+    assert resolve_target("auto").name == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,12 @@ def test_auto_follows_the_device(monkeypatch):
         ("value = 3.35e12", "value = 3350"),
         ("value = 3.35e12", 'value = "fast"'),
         ("value = 3.35e12", "value = nan"),
+        ("value = 3.35e12", "value = inf"),
+        ("value = 3.35e12", "value = true"),
+        ("value = 3.35e12", "value = 0"),
+        ("value = 80_000_000_000", "value = 80"),
+        ("value = 52_428_800", 'value = "50MB"'),
+        ("value = 2.5e-6", "value = 2.5"),
         ("value = 989.4e12", "value = -1"),
         ("[bandwidth]", "[bandwith]"),
         ("[peak_flops.float32]", "[peak_flops.float31]"),
@@ -121,9 +127,63 @@ def test_a_figure_without_a_source_is_refused(tmp_path):
         load_target(path)
 
 
-def test_a_file_that_is_not_there():
-    with pytest.raises(InputError, match="readable"):
-        load_target("nowhere.toml")
+@pytest.mark.parametrize(
+    ("entry", "line", "words"),
+    [
+        ("source = ", 'source = ""', "no source"),
+        ("source = ", 'source = "  "', "no source"),
+        ("source = ", "source = 2023", "no source"),
+        ("source = ", 'source = "\\u001b[31mred"', "no source"),
+        ("vendor = ", 'vendor = "acme"', "acme"),
+        ("kind = ", 'kind = "tpu"', "cuda"),
+        ("kind = ", "kind = 3", "not a name"),
+        ("name = ", 'name = ""', "not a name"),
+        ("name = ", 'name = "\\u001b[31mred"', "not a name"),
+        ("aliases = ", 'aliases = "h100"', "list of names"),
+        ("aliases = ", "aliases = [3]", "list of names"),
+        ("aliases = ", "alias = []", "did you mean aliases"),
+        ("value = ", "valu = 80e9", "no value"),
+        ("value = ", "value = 80e9\nvalues = 1", "memory.values"),
+        ("[bandwidth]", "[bandwith]", "did you mean bandwidth"),
+        ("[peak_flops.int8]", "[peak_flops.int33]", "not a dtype"),
+        ("name = ", 'memory = 80e9\nname = "h100"', "not a readable|no value"),
+        ("name = ", 'measured = 1\nname = "h100"', "not a table"),
+    ],
+)  # fmt: skip
+def test_a_file_with_an_entry_that_means_nothing_is_refused(tmp_path, entry, line, words):
+    lines = (FOLDER / "h100.toml").read_text(encoding="utf-8").splitlines()
+    at = next(i for i, found in enumerate(lines) if found.startswith(entry))
+    path = tmp_path / "mine.toml"
+    path.write_text("\n".join([*lines[:at], line, *lines[at + 1 :]]), encoding="utf-8")
+    with pytest.raises(InputError, match=words) as error:
+        load_target(path)
+    assert error.value.hint and error.value.where == str(path)
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", ["nan", "inf", "0", "-0.5", "1.5", "true", '"most"'])
+def test_a_measured_share_is_above_zero_and_at_most_one(tmp_path, share):
+    text = (FOLDER / "h100.toml").read_text(encoding="utf-8")
+    path = tmp_path / "mine.toml"
+    path.write_text(f"{text}\n[measured]\nlinear_bandwidth = {share}\n", encoding="utf-8")
+    with pytest.raises(InputError, match="linear_bandwidth"):
+        load_target(path)
+    path.write_text(f"{text}\n[measured]\nlinear_bandwidth = 0.8\n", encoding="utf-8")
+    assert load_target(path).efficiency("linear_bandwidth") == 0.8
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for path in ("nowhere.toml", tmp_path):
+        with pytest.raises(InputError, match="readable"):
+            load_target(path)
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)), b"", b"name = 1\nname = 2\n", b"{}"])
+def test_a_file_that_is_no_target(tmp_path, content):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="mine"):
+        load_target(path)
 
 
 def test_targets_are_immutable_and_print_their_name():
