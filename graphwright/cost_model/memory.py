@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
-import torch
 from torch.fx.node import Node
 
-from graphwright.cost_model.cost import B, C, T
-from graphwright.cost_model.graph_cost import find_head
-from graphwright.cost_model.shapes import Shapes, is_free, source, tensors
+from graphwright.cost_model.cost import B
+from graphwright.cost_model.workspace import Workspace, workspace
 from graphwright.ir.errors import InputError
 from graphwright.ir.graph import Graph, ancestors, argument, module_path
 
 #: Slots of a cache, per sequence.
 S = sympy.Symbol("S", positive=True)
-# A window's cache also holds the step's own tokens before the oldest ones may be overwritten.
-WINDOW_SLACK = 64
 _UNBOUNDED = 2**31
+
+
+def window_slack(window: int) -> int:
+    """Slots that a store keeps beyond a window, for the step's own tokens: as ``runtime/storage.py`` does."""
+    return max(64, min(512, window))
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,19 @@ class StoreSpec:
         elements_per_token: of one sequence.
         dtype_bytes: bytes of an element, scales and the like spread over them; may be a fraction.
         window: tokens that are needed; 0 means all.
+        heads: into how many parts devices can divide it; 1 for a latent, which each device needs whole.
     """
 
     name: str
     elements_per_token: int
     dtype_bytes: float
     window: int = 0
+    heads: int = 1
 
     def __post_init__(self) -> None:
-        if self.elements_per_token <= 0 or self.dtype_bytes <= 0 or self.window < 0:
+        if min(self.elements_per_token, self.dtype_bytes, self.heads) <= 0 or self.window < 0:
             raise InputError(
-                "a store needs elements and bytes above zero and a window of at least zero",
+                "a store needs elements, bytes and heads above zero and a window of at least zero",
                 where=f"StoreSpec {self.name!r}",
             )
 
@@ -50,9 +53,18 @@ class StoreSpec:
         """Bytes that one token of one sequence takes."""
         return self.elements_per_token * self.dtype_bytes
 
-    def slots(self, capacity: int, slack: int = WINDOW_SLACK) -> int:
+    def slots(self, capacity: int, slack: int | None = None) -> int:
         """Slots per sequence: the capacity, or the window and its slack if that is less."""
-        return min(capacity, self.window + slack) if self.window else capacity
+        return min(capacity, self.most_slots(slack)) if self.window else capacity
+
+    def most_slots(self, slack: int | None = None) -> int:
+        """Slots per sequence of a store with a window: it and ``slack``, :func:`window_slack` by default."""
+        return self.window + (window_slack(self.window) if slack is None else slack)
+
+    def on_device(self, degree: int) -> StoreSpec:
+        """What one of ``degree`` devices keeps: its heads, rounded up; at least one, or the whole latent."""
+        own = -(-self.heads // degree)
+        return replace(self, elements_per_token=self.elements_per_token // self.heads * own, heads=own)
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class Memory:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, cache and workspace."""
+        """Weights, cache and workspace: the peak, reached in the largest step."""
         return self.weights_bytes + self.cache_bytes + self.workspace_bytes
 
     @property
@@ -118,7 +130,8 @@ def default_stores(graph: Graph) -> list[StoreSpec]:
 def _store(name: str, node: Node, window: int) -> StoreSpec:
     """The store of a value ``[B, G, tokens, D]``."""
     fake = node.meta["val"]
-    return StoreSpec(name, int(fake.shape[1]) * int(fake.shape[3]), fake.dtype.itemsize, window)
+    heads, features = int(fake.shape[1]), int(fake.shape[3])
+    return StoreSpec(name, heads * features, fake.dtype.itemsize, window, heads)
 
 
 def cache_bytes_per_token(graph: Graph) -> int:
@@ -126,58 +139,19 @@ def cache_bytes_per_token(graph: Graph) -> int:
     return int(sum(store.bytes_per_token for store in default_stores(graph)))
 
 
-def cache_bytes(stores: Sequence[StoreSpec], batch: int, capacity: int, slack: int = WINDOW_SLACK) -> int:
+def cache_bytes(stores: Sequence[StoreSpec], batch: int, capacity: int, slack: int | None = None) -> int:
     """Bytes of all stores for so many sequences of so many tokens."""
     return int(sum(batch * store.slots(capacity, slack) * store.bytes_per_token for store in stores))
 
 
-def cache_expression(stores: Sequence[StoreSpec], slack: int = WINDOW_SLACK) -> sympy.Expr:
+def cache_expression(stores: Sequence[StoreSpec], slack: int | None = None) -> sympy.Expr:
     """Bytes of all stores as an expression in the batch B and the capacity S."""
     groups: dict[int, float] = {}
     for store in stores:
-        groups[store.window] = groups.get(store.window, 0) + store.bytes_per_token
-    slots = {window: sympy.Min(S, window + slack) if window else S for window in groups}
-    return B * sympy.Add(*(slots[w] * sympy.nsimplify(size) for w, size in groups.items()))
-
-
-# --- workspace -----------------------------------------------------------------------------------
-
-
-def workspace_bytes(graph: Graph, batch: int, tokens: int) -> int:
-    """The most bytes of activations alive at one time, in a step that runs node by node.
-
-    Views take nothing; a value dies after its last reader. Fusion only needs less. Logits count for the
-    last token of each sequence only.
-    """
-    shapes = Shapes(graph)
-    head = find_head(graph)
-    sizes: dict[Node, int] = {}
-    last: dict[Node, Node] = {}
-    memo: dict[object, int] = {}
-    after_head = False
-    for node in graph.nodes:
-        after_head = after_head or node is head
-        for value in node.all_input_nodes:
-            last[source(value)] = node
-        if not is_free(node):
-            rows = 1 if after_head else tokens
-            sizes[node] = sum(_bytes(shapes, t, batch, rows, memo) for t in tensors(node))
-    dying: dict[Node, int] = {}
-    for node, reader in last.items():
-        dying[reader] = dying.get(reader, 0) + sizes.get(node, 0)
-    alive = most = 0
-    for node in graph.nodes:
-        alive += sizes.get(node, 0)
-        most = max(most, alive)
-        alive -= dying.get(node, 0)
-    return most
-
-
-def _bytes(shapes: Shapes, tensor: torch.Tensor, batch: int, tokens: int, memo: dict[object, int]) -> int:
-    key = (shapes.nbytes(tensor), tokens)
-    if key not in memo:
-        memo[key] = int(key[0].subs({B: batch, T: tokens, C: 0}))
-    return memo[key]
+        most = store.most_slots(slack) if store.window else 0
+        groups[most] = groups.get(most, 0) + store.bytes_per_token
+    slots = {most: sympy.Min(S, most) if most else S for most in groups}
+    return B * sympy.Add(*(slots[most] * sympy.nsimplify(size) for most, size in groups.items()))
 
 
 # --- does it fit ---------------------------------------------------------------------------------
@@ -192,7 +166,7 @@ def plan_memory(
     step_tokens: int,
     stores: Sequence[StoreSpec] | None = None,
     max_positions: int | None = None,
-    slack: int = WINDOW_SLACK,
+    slack: int | None = None,
 ) -> Memory:
     """Memory of a workload, and how far batch and context could grow.
 
@@ -203,15 +177,27 @@ def plan_memory(
         step_tokens: tokens per sequence of the largest step (a prefill chunk).
         stores: what the cache keeps; keys and values by default.
         max_positions: the model's positions, which bound the context.
-        slack: tokens beyond a window that its cache holds.
+        slack: tokens beyond a window that its cache holds; :func:`window_slack` by default.
     """
     stores = default_stores(graph) if stores is None else stores
-    weights = weights_bytes(graph)
-    # Activations grow in proportion to the batch.
-    workspace = workspace_bytes(graph, 1, step_tokens)
+    step = workspace(graph, step_tokens)
+    return add_up(weights_bytes(graph), step, stores, batch, capacity, limit, max_positions, slack)
+
+
+def add_up(
+    weights: int,
+    step: Workspace,
+    stores: Sequence[StoreSpec],
+    batch: int,
+    capacity: int,
+    limit: int,
+    max_positions: int | None = None,
+    slack: int | None = None,
+) -> Memory:
+    """:func:`plan_memory` where the bytes of the weights and the workspace of a step are known."""
 
     def fits(sequences: int, slots: int) -> bool:
-        used = weights + sequences * workspace + cache_bytes(stores, sequences, slots, slack)
+        used = weights + step.bytes(sequences, slots) + cache_bytes(stores, sequences, slots, slack)
         return used <= limit
 
     longest = _largest(lambda slots: fits(batch, slots))
@@ -221,7 +207,7 @@ def plan_memory(
     return Memory(
         weights_bytes=weights,
         cache_bytes=cache_bytes(stores, batch, capacity, slack),
-        workspace_bytes=batch * workspace,
+        workspace_bytes=step.bytes(batch, capacity),
         limit_bytes=limit,
         largest_batch=_largest(lambda sequences: fits(sequences, capacity)),
         largest_context=context,

@@ -87,17 +87,6 @@ def test_flops_are_twice_the_parameters_per_token(captured):
     assert four.total_flops == pytest.approx(4 * 2 * active, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("layers", "heads", "published"),
-    [(80, 8, 327_680), (32, 8, 131_072)],
-    ids=["Llama-3.1-70B", "Llama-3.1-8B"],
-)
-def test_cache_bytes_of_published_models(captured, layers, heads, published):
-    """Both have eight key and value heads of 128, in bfloat16."""
-    assert 2 * layers * heads * 128 * 2 == published
-    assert cache_bytes_per_token(captured(LLAMA_70B)) * layers / LAYERS == published
-
-
 def test_windows_bound_the_cache(captured):
     graph = captured(GEMMA)
     stores = default_stores(graph)
@@ -190,6 +179,23 @@ def test_workspace_holds_the_widest_step(captured):
     assert workspace_bytes(graph, 4, 512) == 4 * workspace_bytes(graph, 1, 512)
     # Logits of the last token only: a long prompt's would take 512 * 49152 * 2 bytes.
     assert workspace_bytes(graph, 1, 512) < 512 * 49152 * 2
+
+
+def test_a_feed_forward_in_one_op_holds_its_hidden_activations(captured):
+    graph = captured(SMOLLM).copy()
+    canonicalize(graph)
+    assert graph.counts()["gated_mlp"] == LAYERS
+    # Gate, up, the residual stream, its norm and the result, in bfloat16; and the two rotary tables.
+    assert workspace_bytes(graph, 1, 512) == 512 * ((2 * 1536 + 3 * 576) * 2 + 2 * 64 * 2)
+
+
+def test_windows_keep_the_slack_that_the_runtime_keeps():
+    from graphwright.runtime import storage
+
+    for window in (1, 16, 64, 100, 512, 1024, 4096):
+        store = StoreSpec("keys", 8, 2, window)
+        for capacity in (10, 600, 10_000):
+            assert store.slots(capacity) == storage.slots_for(capacity, window)
 
 
 def test_what_fits_is_on_the_edge(captured):

@@ -55,6 +55,14 @@ def test_linear_group_reads_its_input_once(sketch):
     assert cost.launches == 1
 
 
+def test_linears_of_one_input_are_one_launch(sketch):
+    x = sketch.input("x", "B", "T", 64)
+    results = [sketch.emit("linear", x, sketch.weight(name, n, 64)) for name, n in (("q", 64), ("k", 32))]
+    cost = graph_cost(sketch.done(*results)).total
+    assert cost.launches == 1
+    assert same(cost.flops["bfloat16"], 2 * B * T * 64 * 96)
+
+
 def test_gated_mlp(sketch):
     x = sketch.input("x", "B", "T", 64)
     gate, up, down = sketch.weight("g", 96, 64), sketch.weight("u", 96, 64), sketch.weight("d", 64, 96)
@@ -112,7 +120,7 @@ def test_attention_is_priced_as_a_step_over_a_cache(sketch):
     # Token t sees C + t + 1 tokens, counted one by one.
     values = cost.at(batch=3, context=100, tokens=7)
     assert values.total_flops == 3 * 2 * 8 * (16 + 32) * sum(100 + t + 1 for t in range(7))
-    assert cost.launches == 2
+    assert cost.launches == 1
 
 
 def test_a_window_bounds_what_attention_reads(sketch):
@@ -144,7 +152,7 @@ def test_the_cached_ops_cost_what_attention_predicted(sketch):
     assert same(split.read["cache"], whole.read["cache"])
     assert same(split.written["cache"], whole.written["cache"])
     assert same(split.total_flops, whole.total_flops)
-    assert split.launches == 3
+    assert split.launches == whole.launches == 1  # lowering joins the three
 
 
 def test_append_attention_is_one_launch(sketch):
