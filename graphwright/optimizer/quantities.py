@@ -19,6 +19,11 @@ def clean(text: object) -> str:
     return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in str(text))
 
 
+def shorten(text: str, most: int = 26) -> str:
+    """``text`` in at most ``most`` characters, for where there is no room to wrap."""
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
+
+
 def label(key: str) -> str:
     """The key without its unit: ``seconds_per_token`` -> ``time per token``."""
     special = {
@@ -27,6 +32,7 @@ def label(key: str) -> str:
         "tokens_per_second": "tokens/s",
         "bytes": "size",
         "flops": "arithmetic",
+        "kl": "KL (nats)",
     }
     if key in special:
         return special[key]
@@ -49,12 +55,18 @@ def quantity(key: str, value: Any) -> str:
     words = key.split("_")
     if "agreement" in key or "fraction" in words:
         return f"{value:.2%}"
+    if "perplexity" in words:
+        return f"{value:.4g}"
+    if "kl" in words:
+        return f"{value:.3g}"
     if key == "speedup" or "ratio" in words:
         return f"{value:.2f}x"
     if key.endswith("bytes_per_second"):
         return _scaled(value, 1000, tuple(f"{unit}B/s" for unit in _DECIMAL))
+    if key.endswith("flops_per_second"):
+        return _scaled(value, 1000, tuple(f"{unit}FLOP/s" for unit in _DECIMAL))
     if key.endswith("per_second"):
-        return _digits(value)
+        return _digits(value) if abs(value) < 1e6 else _scaled(value, 1000, _DECIMAL)
     if "seconds" in words:
         return duration(value)
     if "bytes" in words:
@@ -74,6 +86,28 @@ def duration(seconds: float) -> str:
     if size < 1:
         return f"{_digits(seconds * 1e3)} ms"
     return f"{_digits(seconds)} s"
+
+
+def count(value: float) -> str:
+    """A number of things, such as sequences or tokens; whole from ten on."""
+    return f"{value:,.0f}" if abs(value) >= 10 or value == round(value) else f"{value:.2g}"
+
+
+def magnitude(value: float) -> str:
+    """A bare number with a decimal prefix, short enough for a tick of an axis: ``20 G``."""
+    small = f"{value:g}" if abs(value) < 1 else ""
+    return small or _scaled(value, 1000, _DECIMAL)
+
+
+def memory_unit(size: float) -> tuple[float, str]:
+    """The largest binary unit, in bytes and by name, of which ``size`` holds at least one."""
+    rank = max((r for r in range(len(_BINARY)) if size >= 1024**r), default=0)
+    return float(1024**rank), _BINARY[rank]
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The unit, in seconds and by name, in which :func:`duration` writes ``seconds``."""
+    return (1e-6, "us") if seconds < 1e-3 else (1e-3, "ms") if seconds < 1 else (1.0, "s")
 
 
 def _digits(value: float) -> str:

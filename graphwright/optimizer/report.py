@@ -11,14 +11,14 @@ turns key and number into words.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphwright.ir.errors import InputError
+from graphwright.optimizer.plain_data import NUMBER, Either, misfit, plain
+from graphwright.optimizer.report_cost import PhaseCost
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -81,6 +81,14 @@ class Report:
         near_misses: sites that almost matched a semantic op, and what was in the way.
         kernels: ``{"op", "provider", "reason"}``, one for each op that was lowered.
         speculation: statistics of the drafts, or None without speculation.
+        costs: by phase (``decode``, ``verify``, ``prefill``), what :meth:`cost` prints: ``expression``
+            (strings in B, C and T), ``at`` (batch, context, tokens) and ``value`` (numbers).
+        plans: the front of plans and the runners-up: ``passes``, ``status`` (``chosen``, ``runner-up``,
+            ``undone``), ``reason``, ``predicted`` and ``measured``, each ``seconds_per_token``,
+            ``memory_bytes``, ``kl`` and ``perplexity_ratio``.
+        curves: ``roofline`` (``flops_per_second`` and ``bytes_per_second`` of the target, and ``ops``) and
+            ``memory`` (``points`` by context, ``limit_bytes``), for the plots.
+        crossovers: ``what`` turns at which ``value`` (None: nowhere) of which ``quantity``, and a ``note``.
         code_before: the captured graph as runnable Python.
         code_after: the optimized graph as runnable Python.
         versions: graphwright, torch, transformers, Python, CPU name, threads.
@@ -96,6 +104,10 @@ class Report:
     near_misses: list[str] = field(default_factory=list)
     kernels: list[dict[str, str]] = field(default_factory=list)
     speculation: dict[str, Any] | None = None
+    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    curves: dict[str, Any] = field(default_factory=dict)
+    crossovers: list[dict[str, Any]] = field(default_factory=list)
     code_before: str = ""
     code_after: str = ""
     versions: dict[str, Any] = field(default_factory=dict)
@@ -104,9 +116,21 @@ class Report:
         """The decisions that ended in ``status``, in the order they were made."""
         return [decision for decision in self.decisions if decision.status is status]
 
+    def cost(self, phase: str = "decode") -> PhaseCost:
+        """What one step of ``phase`` costs; its ``str()`` prints the expressions and their values.
+
+        Raises:
+            InputError: the report holds no cost of such a phase; names those there are.
+        """
+        if phase not in self.costs:
+            known = ", ".join(self.costs)
+            hint = f"there are {known}" if known else "this report holds no costs; plan or optimize again"
+            raise InputError(f"no cost of a phase {phase!r}", where="report", hint=hint)
+        return PhaseCost(phase, **self.costs[phase])
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data that matches ``report.schema.json``; numbers that are not finite become None."""
-        return {"schema": SCHEMA, **_plain(asdict(self))}
+        return {"schema": SCHEMA, **plain(asdict(self))}
 
     def to_json(self) -> str:
         """The report as JSON text with a ``schema`` key; :meth:`from_json` reads it back."""
@@ -157,36 +181,64 @@ class Report:
         return render_fragment(self)
 
 
-def _plain(value: Any) -> Any:
-    """``value`` as JSON types: enums as their value, tuples as lists, non-finite numbers as None."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    item = getattr(value, "item", None)  # numpy and torch scalars
-    return _plain(item()) if callable(item) else str(value)
-
-
-_TYPES: dict[str, type | tuple[type, ...]] = {
+_QUANTITIES: dict[str, Any] = {"*": NUMBER}
+_MAYBE_QUANTITIES = Either((_QUANTITIES, None))
+_DECISION: dict[str, Any] = {
+    "pass_name": str,
+    "site": str,
+    "status": frozenset(status.value for status in Status),
+    "reason": str,
+    "predicted": _MAYBE_QUANTITIES,
+    "measured": _MAYBE_QUANTITIES,
+    "fidelity": frozenset({"exact", "reordered", "distribution", "lossy"}),
+}
+_COST: dict[str, Any] = {
+    "expression": {"*": Either((str, {"*": str}))},
+    "at": _QUANTITIES,
+    "value": {"*": Either((*NUMBER.shapes, _QUANTITIES))},
+}
+_PLAN: dict[str, Any] = {
+    "passes": [str],
+    "status": frozenset({"chosen", "runner-up", "undone"}),
+    "reason": str,
+    "predicted": _QUANTITIES,
+    "measured": _MAYBE_QUANTITIES,
+}
+_CURVES: dict[str, Any] = {
+    "roofline?": {
+        "flops_per_second": NUMBER,
+        "bytes_per_second": NUMBER,
+        "ops": [{"op": str, "*": NUMBER}],
+    },
+    "memory?": {"points": [{"context": NUMBER, "*": NUMBER}], "limit_bytes": NUMBER},
+}
+_CROSSOVER: dict[str, Any] = {
+    "what": str,
+    "quantity": frozenset({"batch", "context"}),
+    "value": NUMBER,
+    "note": str,
+}
+#: What ``report.schema.json`` says, for readers without a JSON Schema validator.
+_SHAPE: dict[str, Any] = {
+    "schema": str,
     "model": str,
     "target": str,
     "workload": dict,
-    "decisions": list,
+    "decisions": [_DECISION],
     "predicted": dict,
     "measured": dict,
     "ops": dict,
-    "near_misses": list,
-    "kernels": list,
-    "speculation": (dict, type(None)),
+    "near_misses": [str],
+    "kernels": [{"op": str, "provider": str, "reason": str, "*": str}],
+    "speculation": Either((dict, None)),
     "code_before": str,
     "code_after": str,
     "versions": dict,
+    # Documents from before these fields existed lack them.
+    "costs?": {"*": _COST},
+    "plans?": [_PLAN],
+    "curves?": _CURVES,
+    "crossovers?": [_CROSSOVER],
 }
 
 
@@ -196,14 +248,5 @@ def _check(data: object, where: str) -> None:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise InputError(f"not a {SCHEMA} document: found {found!r}", where=where, hint=hint)
-    for name, kind in _TYPES.items():
-        if name not in data or not isinstance(data[name], kind):
-            problem = "is missing" if name not in data else f"is a {type(data[name]).__name__}"
-            raise InputError(f"the report's {name!r} {problem}", where=where, hint=hint)
-    if unknown := sorted(set(data) - set(_TYPES) - {"schema"}):
-        raise InputError(f"the report has unknown keys: {', '.join(unknown)}", where=where, hint=hint)
-    names = {f.name for f in fields(Decision)}
-    statuses = {status.value for status in Status}
-    for number, decision in enumerate(data["decisions"]):
-        if not isinstance(decision, dict) or set(decision) != names or decision["status"] not in statuses:
-            raise InputError(f"decision {number} of the report is malformed", where=where, hint=hint)
+    if problem := misfit(data, _SHAPE):
+        raise InputError(f"the report is malformed: {problem}", where=where, hint=hint)

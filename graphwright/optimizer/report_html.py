@@ -5,24 +5,32 @@ Every text goes through :func:`element`, which escapes it; nothing else writes m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from typing import TYPE_CHECKING
 
 from graphwright.optimizer.quantities import clean, label, quantity
 from graphwright.optimizer.report import Status
-from graphwright.optimizer.report_text import (
+from graphwright.optimizer.report_rows import (
+    PlanRow,
     Row,
+    bound_lines,
     comparison_rows,
+    crossover_lines,
     flatten,
     group_decisions,
+    headlines,
     kernel_counts,
+    plan_rows,
+    plans_are_exact,
     timing_line,
     workload_line,
 )
+from graphwright.optimizer.report_style import STYLE
 
 if TYPE_CHECKING:
     from graphwright.optimizer.report import Report
+    from graphwright.optimizer.report_svg import Plot
 
 
 class Markup(str):
@@ -34,14 +42,17 @@ class Markup(str):
 def element(tag: str, *children: str, **attributes: str) -> Markup:
     """``<tag attributes>children</tag>``; children that are not :class:`Markup` are escaped.
 
-    A trailing underscore of an attribute name is dropped (``class_``).
+    A trailing underscore of an attribute name is dropped (``class_``), one inside becomes a hyphen.
     """
     inside = "".join(child if isinstance(child, Markup) else escape(clean(child)) for child in children)
-    named = "".join(f' {name.rstrip("_")}="{escape(clean(value))}"' for name, value in attributes.items())
+    named = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{escape(clean(value))}"'
+        for name, value in attributes.items()
+    )
     return Markup(f"<{tag}{named}>{inside}</{tag}>")
 
 
-def join(parts: Iterator[Markup]) -> Markup:
+def join(parts: Iterable[Markup]) -> Markup:
     """Several pieces of markup after each other."""
     return Markup("".join(parts))
 
@@ -52,7 +63,7 @@ def render_page(report: Report) -> str:
         "head",
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         element("title", f"graphwright: {report.model}"),
-        element("style", Markup(_STYLE)),
+        element("style", Markup(STYLE)),
     )
     page = element(
         "html", head, element("body", element("main", join(_sections(report)), class_="gw")), lang="en"
@@ -62,13 +73,19 @@ def render_page(report: Report) -> str:
 
 def render_fragment(report: Report) -> str:
     """The same for a notebook cell: style and sections, no document around them."""
-    return element("style", Markup(_STYLE)) + element("div", join(_sections(report)), class_="gw")
+    return element("style", Markup(STYLE)) + element("div", join(_sections(report)), class_="gw")
 
 
 def _sections(report: Report) -> Iterator[Markup]:
     yield _header(report)
-    if rows := comparison_rows(report):
-        yield _section("Predicted and measured", _comparison(rows))
+    yield from _pictures(report)
+    if rows := comparison_rows(report, details=False):
+        more = comparison_rows(report)
+        parts = element("details", element("summary", f"All {len(more)} quantities"), _comparison(more))
+        yield _section("Predicted and measured", _comparison(rows) + (parts if len(more) > len(rows) else ""))
+    if plans := plan_rows(report):
+        exact = plans_are_exact(plans)
+        yield _section("Plans, all exact" if exact else "Plans", _plans(plans, exact))
     if report.decisions:
         yield _section("Decisions", _decisions(report))
     if quality := report.measured.get("quality"):
@@ -81,13 +98,48 @@ def _sections(report: Report) -> Iterator[Markup]:
         yield _section("What was found in the model", _found(report))
     if report.code_before or report.code_after:
         yield _section("Graphs", _code("Before", report.code_before) + _code("After", report.code_after))
+    if report.costs:
+        yield _section("Cost of a step", _costs(report))
     yield _footer(report)
 
 
 def _header(report: Report) -> Markup:
-    facts = (("Model", report.model), ("Target", report.target), ("Workload", workload_line(report.workload)))
-    terms = join(element("div", element("dt", name), element("dd", text or "-")) for name, text in facts)
-    return element("header", element("h1", "graphwright report"), element("dl", terms))
+    described = (
+        ("Model", report.model),
+        ("Target", report.target),
+        ("Workload", workload_line(report.workload)),
+    )
+    terms = join(element("div", element("dt", name), element("dd", text or "-")) for name, text in described)
+    facts = headlines(report)
+    shown = join(element("div", element("dt", name), element("dd", text)) for name, text in facts)
+    return element(
+        "header",
+        element("h1", "graphwright report"),
+        element("dl", terms),
+        *([element("dl", shown, class_="facts")] if facts else []),
+    )
+
+
+def _pictures(report: Report) -> Iterator[Markup]:
+    """The plots in a grid, and what follows from them in words as its last cell."""
+    from graphwright.optimizer.report_plots import draw_plots  # matplotlib is slow to import
+
+    cells = [*map(_figure, draw_plots(report)), *_outlook(report)]
+    if cells:
+        yield element("div", join(cells), class_="plots")
+
+
+def _figure(plot: Plot) -> Markup:
+    legend = element(
+        "ul",
+        join(
+            element("li", element("i", glyph, class_=color, aria_hidden="true"), name)
+            for color, glyph, name in plot.legend
+        ),
+        class_="legend",
+    )
+    parts = [element("h2", plot.title), Markup(plot.svg), *([legend] if plot.legend else [])]
+    return element("figure", *parts, element("figcaption", plot.caption))
 
 
 def _section(title: str, content: str) -> Markup:
@@ -100,25 +152,71 @@ def _table(names: tuple[str, ...], rows: Iterator[Markup], kind: str) -> Markup:
     return element("div", table, class_="scroll")
 
 
-def _cells(names: tuple[str, ...], values: tuple[str, ...]) -> Markup:
+def _cells(names: tuple[str, ...], values: tuple[str, ...], kind: str = "") -> Markup:
     """One row; each cell knows its column's name, which a phone shows in place of the head."""
     pairs = zip(names, values, strict=True)
-    return element("tr", join(element("td", value, **{"data-name": name}) for name, value in pairs))
+    cells = join(element("td", value, data_name=name) for name, value in pairs)
+    return element("tr", cells, class_=kind) if kind else element("tr", cells)
 
 
 def _comparison(rows: list[Row]) -> Markup:
-    names = ("", "predicted", "measured", "ratio")
+    """Predicted beside measured; the prediction alone where nothing was measured."""
+    both = any(row.measured is not None for row in rows)
+    names = ("", "predicted", "measured", "ratio")[: 4 if both else 2]
 
     def body() -> Iterator[Markup]:
         last = ""
         for row in rows:
             if row.section != last:
-                yield element("tr", element("th", label(row.section), scope="rowgroup", colspan="4"))
+                head = element("th", label(row.section), scope="rowgroup", colspan=str(len(names)))
+                yield element("tr", head)
                 last = row.section
             values = (quantity(row.key, row.predicted), quantity(row.key, row.measured), row.ratio or "-")
-            yield _cells(names, (label(row.key), *values))
+            yield _cells(names, (label(row.key), *values)[: len(names)])
 
     return _table(names, body(), "numbers")
+
+
+def _plans(plans: list[PlanRow], exact: bool) -> Markup:
+    """Every plan, chosen first; columns that say nothing are left out."""
+    keys = [
+        key
+        for key in ("seconds_per_token", "memory_bytes", *(() if exact else ("kl", "perplexity_ratio")))
+        if any(plan.predicted.get(key) is not None or plan.measured.get(key) is not None for plan in plans)
+    ]
+    names = ("plan", "passes", *map(label, keys), "why")
+
+    def body() -> Iterator[Markup]:
+        for plan in plans:
+            passes = join(element("code", name) for name in plan.passes)
+            values: tuple[str, ...] = (str(plan.number), passes, *(_both(plan, key) for key in keys))
+            status = element("strong" if plan.chosen else "span", plan.status)
+            values += (element("div", status, f": {plan.reason}" if plan.reason else ""),)
+            yield _cells(names, values, "chosen" if plan.chosen else "")
+
+    return _table(names, body(), "wide plans")
+
+
+def _both(plan: PlanRow, key: str) -> Markup:
+    """The prediction, and below it the measurement where there is one."""
+    predicted = element("span", quantity(key, plan.predicted.get(key)))
+    if plan.measured.get(key) is None:
+        return predicted
+    return join([predicted, element("small", f"measured {quantity(key, plan.measured[key])}")])
+
+
+def _outlook(report: Report) -> Iterator[Markup]:
+    """What bounds the time, and where the choice would turn."""
+    lines = bound_lines(report) + crossover_lines(report)
+    if lines:
+        items = join(element("li", element("strong", what), how) for what, how in lines)
+        yield _section("Bound and crossovers", element("ul", items, class_="outlook"))
+
+
+def _costs(report: Report) -> Markup:
+    """The expressions of each phase, folded away."""
+    note = element("p", "B sequences, C tokens of each in the cache before the step, T new tokens of each.")
+    return join([note, *(_folded(f"{clean(name)} step", str(report.cost(name))) for name in report.costs)])
 
 
 def _decisions(report: Report) -> Markup:
@@ -166,8 +264,11 @@ def _found(report: Report) -> Markup:
 def _code(title: str, code: str) -> Markup:
     if not code:
         return Markup("")
-    lines = f"{title}: {len(code.splitlines())} lines of Python"
-    return element("details", element("summary", lines), element("pre", element("code", code)))
+    return _folded(f"{title}: {len(code.splitlines())} lines of Python", code)
+
+
+def _folded(title: str, text: str) -> Markup:
+    return element("details", element("summary", title), element("pre", element("code", text)))
 
 
 def _footer(report: Report) -> Markup:
@@ -185,44 +286,3 @@ _CLASS = {
     Status.UNPROFITABLE: "calm",
     Status.NOT_FOUND: "dim",
 }
-
-_STYLE = """
-.gw { --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --paper: #fff; --wash: #f5f7f9;
-  --good: #116329; --warn: #7d4e00; --bad: #a40e26; --calm: #0550ae;
-  max-width: 72rem; margin: 0 auto; padding: 1rem; color: var(--ink); background: var(--paper);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; box-sizing: border-box; }
-@media (prefers-color-scheme: dark) {
-  body:has(> main.gw) { background: #12161b; }
-  main.gw { --ink: #e6eaef; --soft: #9aa5b1; --line: #333c46; --paper: #12161b; --wash: #1b2128;
-    --good: #57c477; --warn: #e0a63a; --bad: #ff7b82; --calm: #79b4ff; } }
-body:has(> main.gw) { margin: 0; }
-.gw h1 { font-size: 1.5rem; margin: .2rem 0 .8rem; }
-.gw h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.gw h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
-.gw dl { display: flex; flex-wrap: wrap; gap: .3rem 2rem; margin: 0; }
-.gw dt { color: var(--soft); font-size: .85rem; }
-.gw dd { margin: 0; overflow-wrap: anywhere; }
-.gw .scroll { overflow-x: auto; }
-.gw table { border-collapse: collapse; width: 100%; }
-.gw th, .gw td { text-align: left; vertical-align: top; padding: .35rem .6rem;
-  border-bottom: 1px solid var(--line); }
-.gw thead th { color: var(--soft); font-weight: 500; font-size: .85rem; }
-.gw th[scope=rowgroup] { background: var(--wash); }
-.gw .numbers td + td, .gw .numbers thead th + th { text-align: right; font-variant-numeric: tabular-nums; }
-.gw code, .gw pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .85rem; }
-.gw td code { overflow-wrap: anywhere; display: inline-block; min-width: 11em; }
-.gw .numbers td + td { white-space: nowrap; }
-.gw pre { background: var(--wash); border: 1px solid var(--line); border-radius: 6px; padding: .8rem;
-  overflow-x: auto; max-height: 32rem; }
-.gw summary { cursor: pointer; }
-.gw .status { white-space: nowrap; font-weight: 600; }
-.gw .good { color: var(--good); } .gw .warn { color: var(--warn); } .gw .bad { color: var(--bad); }
-.gw .calm { color: var(--calm); } .gw .dim { color: var(--soft); }
-.gw footer { margin-top: 2rem; border-top: 1px solid var(--line); color: var(--soft); font-size: .85rem; }
-@media (max-width: 40rem) {
-  .gw .wide thead { display: none; }
-  .gw .wide tr { display: block; border-bottom: 1px solid var(--line); padding: .5rem 0; }
-  .gw .wide td { display: block; border: 0; padding: .1rem 0; }
-  .gw .wide td::before { content: attr(data-name) ": "; color: var(--soft); font-size: .85rem; }
-  .gw .wide td details { display: inline-block; vertical-align: top; } }
-"""

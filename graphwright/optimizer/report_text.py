@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -14,12 +12,28 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from graphwright.optimizer.quantities import clean, combined, duration, label, ordered_keys, quantity
+from graphwright.optimizer.quantities import clean, label, quantity
 from graphwright.optimizer.report import Decision, Status
+from graphwright.optimizer.report_rows import (
+    PlanRow,
+    Row,
+    bound_lines,
+    comparison_rows,
+    crossover_lines,
+    flatten,
+    group_decisions,
+    kernel_counts,
+    plan_rows,
+    plans_are_exact,
+    timing_line,
+    workload_line,
+)
 
 if TYPE_CHECKING:
     from graphwright.optimizer.report import Report
 
+# The text shows this many plans; the page and the JSON show all of them.
+_MOST_PLANS = 6
 STATUS_STYLE = {
     Status.APPLIED: "green",
     Status.UNDONE: "yellow",
@@ -28,107 +42,6 @@ STATUS_STYLE = {
     Status.UNPROFITABLE: "cyan",
     Status.NOT_FOUND: "dim",
 }
-_APART = frozenset({"quality", "seconds"})  # sections with a place of their own
-_DETAIL = re.compile(r"_by_|^(compute|memory|launch)_seconds$|^(launches|flops|limit_bytes)$")
-
-
-@dataclass(frozen=True)
-class DecisionGroup:
-    """Decisions that differ in nothing but their site, shown as one row."""
-
-    decisions: tuple[Decision, ...]
-
-    @property
-    def first(self) -> Decision:
-        return self.decisions[0]
-
-    @property
-    def sites(self) -> str:
-        if len(self.decisions) > 1:
-            return f"{len(self.decisions)} sites"
-        return clean(self.first.site) or "program"
-
-    @property
-    def effect(self) -> str:
-        """What changes: ``time per token: predicted -3 ms, measured -3.6 ms; memory: predicted 1 MiB``."""
-        keys = ordered_keys([*(d.predicted for d in self.decisions), *(d.measured for d in self.decisions)])
-        return "; ".join(filter(None, map(self._one_effect, keys)))
-
-    def _one_effect(self, key: str) -> str:
-        predicted = combined((decision.predicted for decision in self.decisions), key)
-        measured = combined((decision.measured for decision in self.decisions), key)
-        parts = [f"predicted {predicted}" if predicted else "", f"measured {measured}" if measured else ""]
-        text = ", ".join(part for part in parts if part)
-        return f"{label(key)}: {text}" if text else ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One quantity, predicted beside measured."""
-
-    section: str
-    key: str
-    predicted: Any
-    measured: Any
-
-    @property
-    def ratio(self) -> str:
-        """Measured over predicted, where both are numbers."""
-        numbers = [value for value in (self.predicted, self.measured) if _is_number(value)]
-        if len(numbers) < 2 or not self.predicted:
-            return ""
-        return f"{self.measured / self.predicted:.2f}"
-
-
-def group_decisions(decisions: Iterable[Decision]) -> list[DecisionGroup]:
-    """Join the decisions that differ in their site only; first seen, first shown."""
-    groups: dict[tuple[str, Status, str, str], list[Decision]] = {}
-    for decision in decisions:
-        key = (decision.pass_name, decision.status, decision.reason, decision.fidelity)
-        groups.setdefault(key, []).append(decision)
-    return [DecisionGroup(tuple(members)) for members in groups.values()]
-
-
-def comparison_rows(report: Report, *, details: bool = True) -> list[Row]:
-    """Every quantity of ``predicted`` and ``measured``, side by side, in their order.
-
-    Args:
-        details: False leaves out what a first look does not need: the parts that a time is made of.
-    """
-    sections = [name for name in {**report.predicted, **report.measured} if name not in _APART]
-    rows = []
-    for section in sections:
-        predicted = dict(flatten(report.predicted.get(section)))
-        measured = dict(flatten(report.measured.get(section)))
-        for key in {**predicted, **measured}:
-            if details or not _DETAIL.search(key):
-                rows.append(Row(section, key, predicted.get(key), measured.get(key)))
-    return rows
-
-
-def workload_line(workload: Mapping[str, Any]) -> str:
-    """``batch 1, prompt 256, generate 64``; a shared prefix only where there is one."""
-    shown = {key: value for key, value in workload.items() if value or key == "batch"}
-    return ", ".join(f"{label(key)} {quantity(key, value)}" for key, value in shown.items())
-
-
-def kernel_counts(report: Report) -> list[tuple[str, str, str, int]]:
-    """``(op, provider, reason, how often)`` for each distinct choice of a kernel."""
-    counts: dict[tuple[str, str, str], int] = {}
-    for kernel in report.kernels:
-        key = (kernel.get("op", ""), kernel.get("provider", ""), kernel.get("reason", ""))
-        counts[key] = counts.get(key, 0) + 1
-    return [(*key, count) for key, count in counts.items()]
-
-
-def timing_line(report: Report) -> str:
-    """How long optimizing took, in all and by step; empty if it was not measured."""
-    seconds = {k: v for k, v in (report.measured.get("seconds") or {}).items() if _is_number(v)}
-    total = seconds.pop("total", sum(seconds.values()))
-    if not total:
-        return ""
-    steps = ", ".join(f"{label(name)} {duration(value)}" for name, value in seconds.items() if value >= 0.05)
-    return f"{duration(total)}" + (f": {steps}" if steps else "")
 
 
 def renderable(report: Report) -> RenderableType:
@@ -159,6 +72,9 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     )  # fmt: skip
     if rows := comparison_rows(report, details=False):
         yield _comparison(rows)
+    if plans := plan_rows(report):
+        yield _plans(plans)
+    yield from _outlook(report)
     if report.decisions:
         yield _decisions(report.decisions)
     if quality := report.measured.get("quality"):
@@ -215,6 +131,36 @@ def _decisions(decisions: list[Decision]) -> Table:
     return table
 
 
+def _plans(plans: list[PlanRow]) -> RenderableType:
+    """The chosen plan and how the fastest of the others differ from it: quality against speed."""
+    exact = plans_are_exact(plans)
+    keys = ("seconds_per_token", "memory_bytes", *(() if exact else ("kl",)))
+    table = _table("Plans, all exact" if exact else "Plans")
+    table.padding = (0, 1, 0, 0)
+    table.add_column("", no_wrap=True)
+    table.add_column("passes, or what differs from the first", ratio=1, overflow="fold")
+    for key in keys:
+        table.add_column(label(key), justify="right", max_width=10)
+    for plan in plans[:_MOST_PLANS]:
+        # A name that is too long for a line is cut, not moved to the next, away from its sign.
+        text = Text("\n".join(plan.changes or plan.passes).replace(" ", "\u00a0"))
+        if note := ": ".join(filter(None, ("" if plan.chosen else plan.status, plan.reason))):
+            text.append(f"\n{note}", style="dim")
+        cells = (Text(plan.value(key).replace(", measured ", "\nmeasured\n")) for key in keys)
+        table.add_row(Text(f"{'>' if plan.chosen else ' '}{plan.number}"), text, *cells)
+    more = len(plans) - _MOST_PLANS
+    if more <= 0:
+        return table
+    return Group(table, Text(f"{more} more in the HTML and JSON reports", style="dim"), Text(""))
+
+
+def _outlook(report: Report) -> Iterator[RenderableType]:
+    """What bounds the time, and where the choice would turn."""
+    for title, lines in (("Bound", bound_lines(report)), ("Crossovers", crossover_lines(report))):
+        if lines:
+            yield Group(Text(title, style="bold"), *(Text(f"{what}{how}") for what, how in lines), Text(""))
+
+
 def _kernels(report: Report) -> Table:
     table = _table("Kernels")
     table.add_column("op", ratio=3, overflow="fold")
@@ -244,18 +190,3 @@ def _footer(report: Report) -> Iterator[RenderableType]:
     ):
         if line:
             yield Text.assemble((f"{title}: ", "dim"), line)
-
-
-def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested dictionaries as ``(key, number)`` pairs; a bare value counts under an empty key."""
-    if values is None:
-        return
-    if not isinstance(values, Mapping):
-        yield prefix, ", ".join(map(str, values)) if isinstance(values, (list, tuple)) else values
-        return
-    for key, value in values.items():
-        yield from flatten(value, f"{prefix}_{key}" if prefix else str(key))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,115 +1,31 @@
-"""The report: round trip, schema, text that fits, HTML that escapes."""
+"""The report: text that fits, HTML that escapes, costs that print, quantities with their unit."""
 
 from __future__ import annotations
 
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from graphwright.ir.errors import InputError
-from graphwright.optimizer.quantities import combined, duration, label, quantity
-from graphwright.optimizer.report import SCHEMA_FILE, Decision, Report, Status
-from graphwright.optimizer.report_text import group_decisions, timing_line, workload_line
-
-HOSTILE = '<script>alert("x")</script> [red]not markup[/red] \x1b[31m & \u202e'
-
-
-def make_report(**changes: object) -> Report:
-    """A report with something in every section; 30 layers decide alike."""
-    layers = [
-        Decision(
-            "place_cache",
-            f"layers.{layer}",
-            Status.APPLIED,
-            "keys and values are the minimum cut",
-            {"seconds_per_token": -1e-4},
-            {"seconds_per_token": -2e-4},
-        )
-        for layer in range(30)
-    ]
-    others = [
-        Decision("absorb_projections", "", Status.NOT_FOUND, "no layer stores a latent"),
-        Decision("place_cache{cut=layer_input}", "layers.0", Status.UNPROFITABLE, "recomputing costs more"),
-        Decision("speculate{drafter=ngram}", "", Status.UNDONE, "slower", {"speedup": 1.3}, {"speedup": 0.9}),
-        Decision("linear", "lm_head", Status.FALLBACK, "no compiler", None, None, "reordered"),
-        Decision("fuse", "layers.1", Status.ILLEGAL, "the weights have different dtypes"),
-    ]
-    values: dict[str, object] = {
-        "model": "LlamaForCausalLM, 134.5 M parameters, bfloat16",
-        "target": "cpu",
-        "workload": {"batch": 1, "prompt": 256, "generate": 64, "shared_prefix": 0},
-        "decisions": [*layers, *others],
-        "predicted": {
-            "decode": {"seconds_per_token": 0.0071, "tokens_per_second": 140.8, "bound": "memory"},
-            "memory": {"weights_bytes": 269_000_000, "cache_bytes": 7_372_800},
-        },
-        "measured": {
-            "decode": {"seconds_per_token": 0.0078, "tokens_per_second": 128.2},
-            "quality": {"max_abs_logit_difference": 0.0, "mean_kl": 0.0, "top1_agreement": 1.0},
-            "seconds": {"capture": 5.4, "lower": 13.0},
-        },
-        "ops": {"rms_norm": 61, "attention": 30},
-        "near_misses": ["layers.7.mlp: gate and up differ in dtype"],
-        "kernels": [{"op": "linear", "provider": "cpp", "reason": "bfloat16"}] * 3,
-        "speculation": {"drafter": "ngram", "tokens_per_cycle": 1.6},
-        "code_before": "def forward(x):\n    return x\n",
-        "code_after": "def forward(x):\n    return x + 0\n",
-        "versions": {"graphwright": "0.1.0", "threads": 2},
-    }
-    return Report(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def test_json_round_trip_keeps_everything() -> None:
-    report = make_report()
-    assert Report.from_json(report.to_json()) == report
-
-
-def test_json_matches_the_schema() -> None:
-    schema = json.loads(SCHEMA_FILE.read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    for report in (make_report(), Report("model", "cpu"), make_report(speculation=None)):
-        jsonschema.validate(json.loads(report.to_json()), schema)
-
-
-def test_schema_and_reader_refuse_the_same_documents() -> None:
-    schema = json.loads(SCHEMA_FILE.read_text())
-    good = json.loads(make_report().to_json())
-    wrong_status = {**good, "decisions": [{**good["decisions"][0], "status": "maybe"}]}
-    broken = [
-        {**good, "schema": "graphwright.report/0"},
-        {**good, "extra": 1},
-        {**good, "ops": []},
-        wrong_status,
-    ]
-    broken.append({key: value for key, value in good.items() if key != "target"})
-    for document in broken:
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(document, schema)
-        with pytest.raises(InputError):
-            Report.from_json(json.dumps(document))
-
-
-def test_numbers_that_json_cannot_hold_become_null() -> None:
-    report = make_report(
-        measured={"quality": {"mean_kl": float("nan"), "max_abs_logit_difference": float("inf")}}
-    )
-    quality = json.loads(report.to_json())["measured"]["quality"]
-    assert quality == {"mean_kl": None, "max_abs_logit_difference": None}
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '"report"', '{"schema": "graphwright.report/1", "mod'])
-def test_a_damaged_file_is_refused_by_name(text: str) -> None:
-    with pytest.raises(InputError) as caught:
-        Report.from_json(text, where="saved.json")
-    assert caught.value.where == "saved.json"
-    assert caught.value.hint
+from graphwright.optimizer.quantities import (
+    combined,
+    count,
+    duration,
+    label,
+    magnitude,
+    memory_unit,
+    quantity,
+    shorten,
+    time_unit,
+)
+from graphwright.optimizer.report import Decision, Report, Status
+from graphwright.optimizer.report_rows import group_decisions, plan_rows, timing_line, workload_line
+from tests.e2e.example_report import HOSTILE, make_cost, make_plan, make_plans, make_report
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -155,6 +71,9 @@ def test_names_cannot_inject_markup_or_escape_sequences() -> None:
         near_misses=[HOSTILE],
         versions={HOSTILE: HOSTILE},
         code_before=HOSTILE,
+        plans=[make_plan("chosen", 1.0, 1.0, 0.0, HOSTILE)],
+        costs={HOSTILE: {**make_cost(), "expression": {"flops": {HOSTILE: HOSTILE}}}},
+        crossovers=[{"what": HOSTILE, "quantity": "batch", "value": 2.0, "note": HOSTILE}],
     )
     text = str(report)
     assert "\x1b" not in text and "\u202e" not in text
@@ -191,8 +110,9 @@ def test_html_is_one_offline_page_with_every_reason(tmp_path: Path) -> None:
     assert target.read_text(encoding="utf-8") == page
     parser = _Balanced()
     parser.feed(page)
-    assert not parser.open and not parser.links
-    assert not re.search(r"https?://|@import|url\(", page)
+    assert not parser.open
+    assert all(link.startswith("#") for link in parser.links)  # shapes that a picture repeats
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
     words = " ".join(parser.words)
     for decision in report.decisions:
         assert decision.reason in words and decision.site in words
@@ -201,10 +121,81 @@ def test_html_is_one_offline_page_with_every_reason(tmp_path: Path) -> None:
 
 def test_notebooks_and_rich_get_the_same_content() -> None:
     report = make_report()
-    assert "place_cache" in report._repr_html_() and "<html" not in report._repr_html_()
+    fragment = report._repr_html_()
+    assert "<html" not in fragment and "<svg" in fragment
+    inside = re.search(r'<main class="gw">(.*)</main>', report.to_html(), re.DOTALL)
+    assert inside is not None and inside[1] in fragment
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report)
     assert [line.rstrip() for line in console.export_text().splitlines()] == str(report).splitlines()
+
+
+def test_a_cost_prints_expressions_and_values() -> None:
+    text = str(make_report().cost("decode"))
+    assert text.splitlines()[0] == "decode step at batch 1, context 288, tokens 1"
+    assert "arithmetic: 269 MFLOP" in text and "bfloat16  2*B*T*134515008" in text
+    assert "bytes read: 269 MiB" in text and "cache    46080*B*(C + T)" in text
+    assert text.splitlines()[-1] == "time: 7.1 ms"
+
+
+def test_long_expressions_wrap_and_lose_nothing() -> None:
+    terms = " + ".join(f"{n}*B*C" for n in range(1, 60))
+    cost = {**make_cost(), "expression": {"flops": {"float32": terms, HOSTILE: "1"}}}
+    text = str(make_report(costs={"decode": cost}).cost("decode"))
+    assert max(map(len, text.splitlines())) <= 100
+    assert terms in " ".join(text.split())
+    assert "\x1b" not in text
+
+
+def test_an_unknown_phase_names_those_there_are() -> None:
+    with pytest.raises(InputError) as caught:
+        make_report().cost("verify")
+    assert "verify" in str(caught.value) and "decode" in str(caught.value.hint)
+    with pytest.raises(InputError):
+        Report("model", "cpu").cost("decode")
+
+
+def test_plans_are_ranked_and_told_by_their_difference() -> None:
+    rows = plan_rows(make_report())
+    assert [row.status for row in rows] == ["chosen", "undone", "runner-up", "runner-up"]
+    assert [row.number for row in rows] == [1, 2, 3, 4]
+    assert rows[1].changes == ("+ quantize_cache{bits=2}", "- quantize_cache{bits=4}")
+    assert rows[3].changes == ("- quantize_cache{bits=4}",)
+    assert rows[0].value("seconds_per_token") == "7.1 ms, measured 7.8 ms"
+    without = plan_rows(make_report(plans=make_plans()[:1]))
+    assert without[0].changes == () and without[0].passes == ("place_cache",)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_text_shows_plans_bound_and_crossovers(width: int) -> None:
+    text = make_report().to_text(width)
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(text.replace("\u00a0", " ").split())
+    assert ">1 place_cache" in words
+    assert "decode is bound by memory: memory 6.2 ms, compute 1.1 ms" in words
+    assert "speculation stops paying: From a batch of 12 on, it is compute-bound." in words
+    assert (
+        "the cache outweighs the weights at no context" in words
+        and "it is full at context 9,000: Nothing fits" in words
+    )
+    assert "+ quantize_cache{bits=2}" in words and "undone: undone for a reason" in words
+    assert "KL" in text and "0.004" in words
+
+
+def test_exact_plans_need_no_column_for_quality() -> None:
+    plans = [make_plan("chosen", 0.1, 1e8, 0.0, "a"), make_plan("runner-up", 0.2, 1e8, 0.0, "b")]
+    report = make_report(plans=plans, measured={})
+    for text in (report.to_text(80), report.to_html()):
+        assert "Plans, all exact" in text and "KL (nats)" not in text and "perplexity" not in text
+
+
+def test_text_does_not_drown_in_plans() -> None:
+    plans = [make_plan("runner-up", 0.1 + n, 1e8, 0.0, f"pass{n}") for n in range(20)]
+    report = make_report(plans=[*plans, make_plan("chosen", 0.05, 1e8, 0.0, "best")])
+    text, page = str(report), report.to_html()
+    assert "best" in text and "pass4" in text and "pass5" not in text
+    assert "15 more" in text
+    assert all(f">pass{n}<" in page for n in range(20))
 
 
 def test_text_leaves_out_details_that_the_page_shows() -> None:
@@ -230,10 +221,14 @@ def test_by_status() -> None:
         ("weights_bytes", 3 * 2**30, "3 GiB"),
         ("bytes_per_second", 65e9, "65 GB/s"),
         ("tokens_per_second", 128.26, "128"),
+        ("tokens_per_second", 15.7e6, "15.7 M"),
         ("flops", 2.7e8, "270 MFLOP"),
         ("top1_agreement", 0.995, "99.50%"),
         ("speedup", 0.914, "0.91x"),
-        ("mean_kl", 1.2e-5, "1.20e-05"),
+        ("mean_kl", 1.2e-5, "1.2e-05"),
+        ("kl", 0.0004, "0.0004"),
+        ("perplexity_ratio", 1.0021, "1.002"),
+        ("flops_per_second", 9.89e14, "989 TFLOP/s"),
         ("batch", 12000, "12,000"),
         ("bound", "memory", "memory"),
         ("anything", None, "-"),
@@ -252,7 +247,12 @@ def test_durations_keep_their_value(seconds: float) -> None:
 
 def test_labels_and_combination() -> None:
     assert label("seconds_per_token") == "time per token"
-    assert label("mean_kl") == "mean KL"
+    assert label("mean_kl") == "mean KL" and label("kl") == "KL (nats)"
+    assert (count(12.0), count(2.5), count(58_400.2)) == ("12", "2.5", "58,400")
+    assert (magnitude(0.1), magnitude(1e11), magnitude(30_000)) == ("0.1", "100 G", "30 k")
+    assert memory_unit(3 * 2**20) == (2.0**20, "MiB") and memory_unit(0) == (1.0, "B")
+    assert time_unit(0.5) == (1e-3, "ms") and time_unit(2.0) == (1.0, "s")
+    assert shorten("abcdef", 4) == "abc\u2026" and shorten("abcd", 4) == "abcd"
     assert label("seconds_by_op_linear") == "time in linear"
     assert combined([{"speedup": 1.2}, {"speedup": 1.4}, None], "speedup") == "1.20x to 1.40x"
     assert combined([{"cache_bytes": 512}, {"cache_bytes": 512}], "cache_bytes") == "1 KiB"
