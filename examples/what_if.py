@@ -1,6 +1,7 @@
-"""Does it fit, and how fast would it be, on a GPU that is not here?
+"""Does it fit, and how fast would it be, on GPUs that are not here?
 
 Planning needs a configuration: no weights, no hardware. This one has the shape of a Llama 3.1 8B.
+`graphwright plan config.json --compare a100,h100,h200 --prompt 128000` prints the same table.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 from transformers import LlamaConfig
 
 import graphwright as gw
+from graphwright.optimizer.compare import compare
 
 CONFIG = LlamaConfig(
-    architectures=["LlamaForCausalLM"],
     vocab_size=128_256,
     hidden_size=4096,
     intermediate_size=14_336,
@@ -20,23 +21,19 @@ CONFIG = LlamaConfig(
     max_position_embeddings=131_072,
     dtype="bfloat16",
 )
-GIB = 2**30
 
 
 def main() -> None:
-    """One line for each machine and context, then one report in full."""
-    print(f"{'target':8} {'context':>9} {'tokens/s':>9} {'weights':>10} {'cache':>10}  bound")
-    for target in ("a100", "h100", "h200"):
-        for context in (8_000, 128_000):
-            report = gw.plan(CONFIG, target, workload=gw.Workload(prompt=context, generate=512))
-            decode, memory = report.predicted["decode"], report.predicted["memory"]
-            print(
-                f"{target:8} {context:9,} {decode['tokens_per_second']:9.0f} "
-                f"{memory['weights_bytes'] / GIB:6.1f} GiB {memory['cache_bytes'] / GIB:6.1f} GiB  "
-                f"{decode['bound']}"
-            )
+    """One row for each machine, where the answer turns, then one report in full."""
+    workload = gw.Workload(prompt=128_000, generate=512)
+    comparison = compare(CONFIG, ["rtx4090", "a100", "h100", "h200", "mi300x"], workload=workload)
+    print(comparison)
+    for target, report in comparison.reports.items():
+        for crossover in report.crossovers:
+            if crossover["value"] is not None:
+                print(f"{target}: {crossover['note']}")
     print()
-    print(report)
+    print(comparison.reports["h100"])
 
 
 if __name__ == "__main__":

@@ -6,16 +6,27 @@ Everything heavy (torch, transformers, graphwright itself) is imported inside th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from graphwright.optimizer.report import Report
+from graphwright.optimizer import cli_support as support
+from graphwright.optimizer.cli_support import (
+    BatchOption,
+    ConfigArgument,
+    Dtype,
+    GenerateOption,
+    GgufOption,
+    KlOption,
+    LatencyOption,
+    MemoryOption,
+    ModelArgument,
+    PerplexityOption,
+    PromptOption,
+    ReportOption,
+)
 
 BAD_INPUT = 2
 
@@ -31,7 +42,10 @@ class _Group(TyperGroup):
 
             if not isinstance(error, GraphwrightError):
                 raise
-            typer.echo(f"graphwright: {error}", err=True)
+            from graphwright.optimizer.quantities import clean
+
+            # A message may quote a file that anyone may have written.
+            typer.echo(f"graphwright: {clean(error)}", err=True)
             raise typer.Exit(BAD_INPUT) from None
 
 
@@ -42,22 +56,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn a Hugging Face causal language model into a faster program, and say why.",
 )
-
-
-class Dtype(str, Enum):
-    """The dtypes a model can be loaded in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder.")]
-GgufOption = Annotated[str | None, typer.Option(metavar="FILE", help="GGUF file in the model's folder.")]
-PromptOption = Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")]
-GenerateOption = Annotated[int, typer.Option(min=1, help="Tokens to generate.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Sequences at a time.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,49 +77,117 @@ def optimize(
     generate: GenerateOption = 256,
     batch: BatchOption = 1,
     gguf: GgufOption = None,
+    kl: KlOption = None,
+    perplexity: PerplexityOption = None,
+    memory: MemoryOption = None,
+    latency: LatencyOption = None,
     passes: Annotated[
         list[str] | None,
         typer.Option("--pass", metavar="PASS", help="Apply this pass; repeat for more. Replaces the choice."),
     ] = None,
-    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the program here.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the report: .html or .json.")
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text to measure quality and drafts on, one prompt a line."),
     ] = None,
+    seed: Annotated[int, typer.Option(help="For what is drawn at random, such as calibration text.")] = 0,
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the program here.")] = None,
+    report: ReportOption = None,
 ) -> None:
     """Optimize a model for a machine and print the report."""
-    if report is not None:
-        _check_suffix(report)
+    support.check_suffix(report)
+    prompts = support.read_prompts(calibration)
+    budget = support.make_budget(kl, perplexity, memory, latency)
     import graphwright as gw
 
     workload = gw.Workload(batch=batch, prompt=prompt, generate=generate)
-    loaded = _load_model(model, gguf, dtype)
-    fast = gw.optimize(loaded, target=target, workload=workload, passes=passes or None)
+    loaded = support.load_model(model, gguf, dtype)
+    fast = gw.optimize(
+        loaded,
+        target=target,
+        workload=workload,
+        budget=budget,
+        passes=passes or None,
+        calibration=prompts,
+        seed=seed,
+    )
     if save is not None:
         fast.save(save)
-    _show(fast.report)
+    support.show(fast.report)
     if report is not None:
-        _write(fast.report, report)
+        support.write(fast.report, report)
 
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or config.json.")],
-    target: Annotated[str, typer.Option(help="The machine, here or not; see `graphwright targets`.")],
+    model: ConfigArgument,
+    target: Annotated[
+        str | None, typer.Option(help="The machine, here or not; see `graphwright targets`.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="TARGETS", help="Several machines side by side: h100,h200,mi300x.")
+    ] = None,
     prompt: PromptOption = 1024,
     generate: GenerateOption = 256,
     batch: BatchOption = 1,
     gguf: GgufOption = None,
+    kl: KlOption = None,
+    perplexity: PerplexityOption = None,
+    memory: MemoryOption = None,
+    latency: LatencyOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    report: ReportOption = None,
 ) -> None:
     """Predict speed and memory from the configuration alone: no weights, no hardware."""
+    support.check_suffix(report)
+    names = _planned_targets(target, compare)
+    budget = support.make_budget(kl, perplexity, memory, latency)
     import graphwright as gw
+    from graphwright.optimizer.what_if import read_config
 
     workload = gw.Workload(batch=batch, prompt=prompt, generate=generate)
-    report = gw.plan(_load_config(model, gguf), target, workload=workload)
-    if json:
-        typer.echo(report.to_json(), nl=False)
+    config = read_config(model, gguf)
+    made: Any
+    if compare is None:
+        made = gw.plan(config, names[0], workload=workload, budget=budget)
     else:
-        _show(report)
+        from graphwright.optimizer import compare as comparing
+
+        made = comparing.compare(config, names, workload=workload, budget=budget)
+    if json:
+        typer.echo(made.to_json(), nl=False)
+    else:
+        support.show(made)
+    if report is not None:
+        support.write(made, report)
+
+
+def _planned_targets(target: str | None, compare: str | None) -> list[str]:
+    """What to plan for: ``--target``, in front of what ``--compare`` lists unless it is one of them."""
+    names = [name.strip() for name in (compare or "").split(",") if name.strip()]
+    if target is not None and target not in names:
+        names.insert(0, target)
+    if not names:
+        from graphwright.ir.errors import InputError
+
+        raise InputError(
+            "no machine to plan for",
+            where="plan",
+            hint="give --target h100, or --compare h100,h200; `graphwright targets` lists them",
+        )
+    return names
+
+
+@app.command()
+def calibrate(
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again although there are figures.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="About how long to measure for.")] = 6.0,
+) -> None:
+    """Measure this machine, so that predictions for it are its own."""
+    from graphwright.optimizer.cli_calibrate import run
+
+    run(refresh, seconds)
 
 
 @app.command()
@@ -129,7 +195,7 @@ def targets() -> None:
     """List the machines that a program can be optimized for or planned on."""
     import graphwright as gw
 
-    _list(gw.targets())
+    support.show_list(gw.targets())
 
 
 @app.command()
@@ -137,7 +203,7 @@ def passes() -> None:
     """List the rewrite passes."""
     import graphwright as gw
 
-    _list(gw.passes())
+    support.show_list(gw.passes())
 
 
 @app.command()
@@ -148,87 +214,8 @@ def report(
     """Show a saved report, or turn it into HTML."""
     from graphwright.optimizer.report import Report
 
-    saved = Report.from_json(_read(file), where=str(file))
+    saved = Report.from_json(support.read_text(file), where=str(file))
     if html is None:
-        _show(saved)
+        support.show(saved)
     else:
-        _write_text(html, saved.to_html())
-
-
-def _show(report: Report) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal:
-        console.print(report)
-    else:
-        typer.echo(str(report))
-
-
-def _list(entries: Mapping[str, str]) -> None:
-    width = max(map(len, entries), default=0)
-    for name, line in entries.items():
-        typer.echo(f"{name:<{width}}  {line}")
-
-
-def _check_suffix(path: Path) -> None:
-    from graphwright.ir.errors import InputError
-
-    if path.suffix not in (".html", ".json"):
-        raise InputError(
-            f"cannot tell the report's format from {path.name!r}",
-            where="--report",
-            hint="end the name in .html or .json",
-        )
-
-
-def _write(report: Report, path: Path) -> None:
-    _write_text(path, report.to_html() if path.suffix == ".html" else report.to_json())
-
-
-def _write_text(path: Path, text: str) -> None:
-    from graphwright.ir.errors import InputError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write the report: {error.strerror}", where=str(path)) from None
-
-
-def _read(path: Path) -> str:
-    from graphwright.ir.errors import InputError
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the report: {error}", where=str(path)) from None
-
-
-def _load_model(name: str, gguf: str | None, dtype: Dtype) -> Any:
-    """The transformers model; code from the hub is never run."""
-    from transformers import AutoModelForCausalLM
-
-    return _from_pretrained(AutoModelForCausalLM, name, gguf, dtype=dtype.value)
-
-
-def _load_config(name: str, gguf: str | None) -> Any:
-    """The transformers config of a hub id, a folder or a ``config.json``."""
-    from transformers import AutoConfig
-
-    return _from_pretrained(AutoConfig, name, gguf)
-
-
-def _from_pretrained(factory: Any, name: str, gguf: str | None, **options: Any) -> Any:
-    from graphwright.ir.errors import InputError
-
-    if gguf is not None:
-        options["gguf_file"] = gguf
-    try:
-        return factory.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"transformers cannot load it: {first_line.strip()}",
-            where=name,
-            hint="give a hub id that is reachable or cached, or a local folder; --gguf FILE for GGUF weights",
-        ) from error
+        support.write_text(html, saved.to_html())

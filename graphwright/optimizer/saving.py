@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from graphwright.cost_model.workload import Budget, Workload
 from graphwright.ir.errors import PlanError
-from graphwright.optimizer.driver import build_kernels, lower_planned, make_program, speculation_of
+from graphwright.optimizer.build import build_kernels, lower_planned, make_program, speculation_of
 from graphwright.optimizer.optimized import OptimizedModel
 from graphwright.optimizer.planner import Plan
 from graphwright.optimizer.progress import Progress
@@ -31,6 +31,8 @@ def save(fast: OptimizedModel, directory: Path) -> None:
             "budget": asdict(plan.budget),
             "seconds_per_token": plan.seconds_per_token,
             "memory_bytes": plan.memory_bytes,
+            "kl": plan.kl,
+            "perplexity_ratio": plan.perplexity_ratio,
         },
         report_json=fast.report.to_json(),
         graph=fast.graph,
@@ -87,4 +89,6 @@ def _plan(saved: SavedPlan) -> Plan:
         Budget(**saved.budget),
         float(saved.more["seconds_per_token"]),
         float(saved.more["memory_bytes"]),
+        float(saved.more.get("kl", 0.0)),
+        float(saved.more.get("perplexity_ratio", 1.0)),
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -44,6 +45,33 @@ class Site:
     name: str
     nodes: tuple[Node, ...] = ()
     info: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def layer(self) -> int | None:
+        """The decoder layer that the name points into; None for a site of the whole program."""
+        return next((int(part) for part in self.name.split(".") if part.isdigit()), None)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a program-wide pass makes of a decode step, for its price.
+
+    Attributes:
+        tokens: tokens per row that a step runs.
+        expected: tokens per row that it yields on average.
+        share: how many of the steps have this shape; the others run one token and yield one.
+        draft_seconds: making the drafts of one such step.
+    """
+
+    tokens: int = 1
+    expected: float = 1.0
+    share: float = 1.0
+    draft_seconds: float = 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens per row and step, over steps of both kinds."""
+        return self.share * self.expected + (1 - self.share)
 
 
 @dataclass(frozen=True)
@@ -88,13 +116,33 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """Base of every rewrite. Fields of the subclass are its options."""
+    """Base of every rewrite. Fields of the subclass are its options.
+
+    Options of every pass:
+        layers: the decoder layers to apply to, ``0-3+7``; all of them by default.
+
+    Class attributes:
+        scope: ``site`` for a pass that the planner may apply layer by layer, ``program`` for one choice
+            for the whole program.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     fidelity: ClassVar[Fidelity]
+    scope: ClassVar[Literal["site", "program"]] = "site"
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
+
+    layers: str = field(default="", kw_only=True)
+
+    @classmethod
+    def variants(cls) -> list[Pass]:
+        """What the planner tries: the pass in each form worth pricing. Default: as it is by itself."""
+        return [cls()]
+
+    def step_shape(self) -> StepShape:
+        """For a program-wide pass: how many tokens a step runs and yields. Default: one."""
+        return StepShape()
 
     @abstractmethod
     def find(self, graph: Graph) -> list[Site]:
@@ -130,7 +178,8 @@ class Pass(ABC):
         """
         snapshot = graph.copy()
         try:
-            records = [self._at(site, graph, workload, target, force) for site in self.find(graph)]
+            sites = self._selected(self.find(graph))
+            records = [self._at(site, graph, workload, target, force) for site in sites]
             if any(r.status == "applied" for r in records):
                 graph.eliminate_dead_code()
                 graph.drop_unused_placeholders()
@@ -146,6 +195,10 @@ class Pass(ABC):
             ) from error
         return records or [SiteRecord(str(self), "program", "not found", "no site matches", self.fidelity)]
 
+    def _selected(self, sites: list[Site]) -> list[Site]:
+        wanted = parse_layers(self.layers)
+        return sites if wanted is None else [site for site in sites if site.layer in wanted]
+
     def _at(self, site: Site, graph: Graph, workload: Workload, target: Target, force: bool) -> SiteRecord:
         verdict = self.legal(site)
         if not verdict.ok:
@@ -160,12 +213,43 @@ class Pass(ABC):
         return SiteRecord(str(self), site.name, "applied", reason, self.fidelity, predicted)
 
     def __str__(self) -> str:
+        options = sorted(dataclasses.fields(self), key=lambda f: f.name == "layers")  # what, then where
         changed = [
-            f"{f.name}={_spell(getattr(self, f.name))}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
+            f"{f.name}={_spell(getattr(self, f.name))}" for f in options if getattr(self, f.name) != f.default
         ]
         return f"{self.name}{{{','.join(changed)}}}" if changed else self.name
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def parse_layers(text: str) -> frozenset[int] | None:
+    """``"0-3+7"`` as layer numbers; None for the empty text, which means all.
+
+    Raises:
+        PassError: not numbers and ranges joined by ``+``.
+    """
+    if not text:
+        return None
+    found: set[int] = set()
+    for part in text.split("+"):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise PassError(f"layers={text!r} names no layers", hint="write layers=0-3+7")
+        found.update(range(first, last + 1))
+    return frozenset(found)
+
+
+def spell_layers(layers: Iterable[int]) -> str:
+    """Layer numbers as :func:`parse_layers` reads them."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return "+".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 # --- registry and strings ------------------------------------------------------------------------
@@ -214,16 +298,24 @@ def parse_pass(text: str | Pass) -> Pass:
     options: dict[str, Any] = {}
     for item in filter(None, rest.rstrip("}").split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or key not in {f.name for f in dataclasses.fields(cls)}:
-            names = ", ".join(f.name for f in dataclasses.fields(cls)) or "none"
+        if not equals or not _takes(cls, key):
+            names = ", ".join(f.name for f in dataclasses.fields(cls) if _takes(cls, f.name)) or "none"
             raise PassError(f"{name} has no option {key!r}", hint=f"its options: {names}")
         options[key] = _parse_value(types[key], value, f"{name}.{key}")
+    parse_layers(options.get("layers", ""))
     try:
         return cls(**options)
     except GraphwrightError:
         raise
     except (TypeError, ValueError) as error:
         raise PassError(f"{text!r} is not a valid pass: {error}") from error
+
+
+def _takes(cls: type[Pass], option: str) -> bool:
+    """Whether an option is one of the pass's; a pass for the whole program has no layers."""
+    if option == "layers" and cls.scope == "program":
+        return False
+    return option in {f.name for f in dataclasses.fields(cls)}
 
 
 def order_passes(chosen: Iterable[Pass]) -> list[Pass]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from graphwright.cost_model.target import Target
 from graphwright.cost_model.workload import Workload
@@ -35,6 +35,7 @@ class CompileLayers(Pass):
     name: ClassVar[str] = "compile_layers"
     summary: ClassVar[str] = "fuse everything that is not a kernel with Inductor, one layer for all alike"
     fidelity: ClassVar[Fidelity] = "reordered"
+    scope: ClassVar[Literal["site", "program"]] = "program"
     provides: ClassVar[frozenset[str]] = frozenset({"compiled"})
 
     def find(self, graph: Graph) -> list[Site]:

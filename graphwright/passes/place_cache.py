@@ -47,6 +47,10 @@ class PlaceCache(Pass):
         if self.cut not in CUTS:
             raise PassError(f"place_cache has no cut {self.cut!r}", hint=f"choose one of {', '.join(CUTS)}")
 
+    @classmethod
+    def variants(cls) -> list[Pass]:
+        return [cls(cut="kv"), cls(cut="minimum")]
+
     def find(self, graph: Graph) -> list[Site]:
         dominators, order = token_dominators(graph)
         shared: dict[int, SlotClones] = {}

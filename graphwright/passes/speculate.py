@@ -10,18 +10,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from graphwright.cost_model.graph_cost import graph_cost
-from graphwright.cost_model.speculation import predict_speculation
+from graphwright.cost_model.speculation import expected_tokens, predict_speculation
 from graphwright.cost_model.target import Target
 from graphwright.cost_model.workload import Workload
 from graphwright.ir.errors import PassError
 from graphwright.ir.graph import Graph
-from graphwright.passes.base import CostDelta, Fidelity, Pass, Site, Verdict, register_pass
+from graphwright.passes.base import (
+    CostDelta,
+    Fidelity,
+    Pass,
+    Site,
+    StepShape,
+    Verdict,
+    register_pass,
+)
 
 #: A tree's mask is one int64 a token: the last token and at most this many drafts fit a step.
 MOST_TOKENS = 62
+#: Draft lengths that the planner prices.
+LENGTHS = (2, 4, 8, 16)
 RULES = ("fixed", "adaptive")
 VERIFIERS = ("auto",)
 #: What ``measure_acceptance`` of runtime/speculation gives for the n-gram drafter, drafts of 8 and CPython's
@@ -45,11 +55,14 @@ class Speculate(Pass):
         rule: ``fixed`` drafts ``tokens`` every time; ``adaptive`` fewer after a refusal.
         acceptance: the probability that a draft token is accepted if those before it were, for the
             price. By default that of reference prose; the planner replaces it by what it measures.
+        hit_rate: the share of cycles in which the drafter finds something, for the price; the others are
+            plain steps.
     """
 
     name: ClassVar[str] = "speculate"
     summary: ClassVar[str] = "draft several tokens and verify them in one step; the output stays the same"
     fidelity: ClassVar[Fidelity] = "distribution"
+    scope: ClassVar[Literal["site", "program"]] = "program"
     requires: ClassVar[frozenset[str]] = frozenset({"cache"})
     provides: ClassVar[frozenset[str]] = frozenset({"speculation"})
 
@@ -59,6 +72,7 @@ class Speculate(Pass):
     verifier: str = "auto"
     rule: str = "fixed"
     acceptance: float = PROSE_ACCEPTANCE
+    hit_rate: float = 1.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.drafter):
@@ -67,8 +81,16 @@ class Speculate(Pass):
         _check("verifier", self.verifier, VERIFIERS)
         _check_range("tokens", self.tokens, 1, MOST_TOKENS)
         _check_range("acceptance", self.acceptance, 0.0, 1.0)
+        _check_range("hit_rate", self.hit_rate, 0.0, 1.0)
         if self.max_ngram < 2:
             raise PassError(f"max_ngram={self.max_ngram} is too short to look up", hint="max_ngram >= 2")
+
+    @classmethod
+    def variants(cls) -> list[Pass]:
+        return [cls(tokens=tokens) for tokens in LENGTHS]
+
+    def step_shape(self) -> StepShape:
+        return StepShape(self.tokens + 1, expected_tokens(self.acceptance, self.tokens), self.hit_rate)
 
     def find(self, graph: Graph) -> list[Site]:
         return [Site("program", (), {"graph": graph})]
@@ -85,12 +107,13 @@ class Speculate(Pass):
     def gain(self, site: Site, workload: Workload, target: Target) -> CostDelta:
         price = predict_speculation(
             graph_cost(site.info["graph"]), target, self.acceptance, self.tokens,
-            batch=workload.batch, context=workload.mean_context,
+            batch=workload.batch, context=workload.mean_context, hit_rate=self.hit_rate,
         )  # fmt: skip
+        hits = "" if self.hit_rate == 1 else f" in {self.hit_rate:.0%} of the cycles"
         note = (
-            f"{price['tokens_per_cycle']:.2f} tokens a cycle at acceptance {self.acceptance:g}; a step with "
-            f"{self.tokens + 1} tokens takes {price['verify_seconds'] * 1e3:.3g} ms, one with a single token "
-            f"{price['decode_seconds'] * 1e3:.3g} ms: {price['speedup']:.2f}x"
+            f"{price['tokens_per_cycle']:.2f} tokens a cycle at acceptance {self.acceptance:g}{hits}; "
+            f"a step with {self.tokens + 1} tokens takes {price['verify_seconds'] * 1e3:.3g} ms, one with a "
+            f"single token {price['decode_seconds'] * 1e3:.3g} ms: {price['speedup']:.2f}x"
         )
         return CostDelta(price["seconds_per_token"] - price["decode_seconds"], 0.0, note)
 
@@ -100,7 +123,8 @@ class Speculate(Pass):
     def options(self) -> dict[str, Any]:
         """What the runtime needs to know, as plain data."""
         chosen = dataclasses.asdict(self)
-        del chosen["acceptance"]  # a matter of price, not of what runs
+        for price in ("acceptance", "hit_rate", "layers"):  # a matter of price, not of what runs
+            del chosen[price]
         return chosen
 
     def __str__(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,8 +288,100 @@ def test_calibration_that_is_not_usable(calibration: Any, where: str) -> None:
 def test_a_target_of_another_kind_is_noted() -> None:
     note = check_target_device(tiny_model("llama"), resolve_target("h100"))
     assert note is not None and "h100" in note and "cpu" in note
-    assert check_target_device(tiny_model("llama"), resolve_target("cpu", calibrate=False)) is None
+    assert check_target_device(tiny_model("llama"), resolve_target("cpu")) is None
     assert check_target_device(tiny_model("llama", device="meta"), resolve_target("h100")) is None
+
+
+# --- configurations to plan for ------------------------------------------------------------------
+
+LLAMA = {"model_type": "llama"} | SMALL
+HUB_CODE = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+
+
+def _config_of(name: str, **sizes: Any) -> Any:
+    return CONFIG_MAPPING[name](**sizes)
+
+
+CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
+    "encoder-decoder": (lambda: _config_of("t5", d_model=32, num_layers=1), "encoder-decoder"),
+    "encoder-decoder with a causal half": (lambda: _config_of("bart", d_model=32), "encoder-decoder"),
+    "vision": (lambda: _config_of("vit", hidden_size=32), "ViTConfig is not a causal language model"),
+    "vision and text": (lambda: _config_of("clip"), "CLIPConfig is not a causal language model"),
+    "dict": (lambda: dict(LLAMA), "a dict"),
+    "nothing": (lambda: None, "a NoneType"),
+    "bytes": (lambda: b"config.json", "a bytes"),
+    "module": (lambda: torch.nn.Linear(2, 2), "a Linear"),
+    "activation": (lambda: _config_of("llama", **SMALL, hidden_act="nonesuch"), "nonesuch"),
+    "dtype": (lambda: _config_of("llama", **SMALL, dtype=torch.int8), "int8"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_configurations_that_no_plan_is_made_for(kind: str) -> None:
+    make, words = CONFIGS[kind]
+    config = make()
+    assert words in refused(InputError, lambda: graphwright.plan(config, "h100")).what
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "no bytes": (b"", "not readable as JSON"),
+    "cut off": (b'{"model_type": "lla', "not readable as JSON"),
+    "binary": (bytes(range(256)), "not readable as JSON"),
+    "empty object": (b"{}", "names no model_type"),
+    "null": (b"null", "names no model_type"),
+    "number": (b"7", "names no model_type"),
+    "list": (b'["model_type"]', "names no model_type"),
+    "kind that is a list": (b'{"model_type": ["llama"]}', "names no model_type"),
+    "unknown kind": (b'{"model_type": "nonesuch"}', "nonesuch"),
+    "unknown kind with code": (
+        json.dumps({"model_type": "nonesuch", "auto_map": HUB_CODE}).encode(),
+        "custom code",
+    ),
+    "size that is a word": (json.dumps(LLAMA | {"hidden_size": "big"}).encode(), "hidden_size"),
+    "heads that do not divide": (json.dumps(LLAMA | {"num_attention_heads": 3}).encode(), "hidden size"),
+    "no heads": (json.dumps(LLAMA | {"num_attention_heads": 0}).encode(), "ZeroDivisionError"),
+    "no layers": (json.dumps(LLAMA | {"num_hidden_layers": 0}).encode(), "num_hidden_layers is 0"),
+    "fewer than no layers": (json.dumps(LLAMA | {"num_hidden_layers": -1}).encode(), "is -1"),
+    "no vocabulary": (json.dumps(LLAMA | {"vocab_size": 0}).encode(), "vocab_size is 0"),
+    "no positions": (json.dumps(LLAMA | {"max_position_embeddings": 0}).encode(), "position_embeddings is 0"),
+    "negative width": (json.dumps(LLAMA | {"hidden_size": -32}).encode(), "hidden_size is -32"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_configuration_files_that_are_not_usable(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []  # transformers asks whether to run code from a checkpoint, unless it is told
+    monkeypatch.setattr("builtins.input", lambda *args: asked.append(args) or "n")
+    content, words = FILES[name]
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    for source in (path, str(tmp_path)):
+        error = refused(InputError, lambda source=source: graphwright.plan(source, "h100"))
+        assert words in str(error.what) and str(tmp_path) in str(error.where) and not asked
+
+
+def test_paths_that_hold_no_configuration(tmp_path: Path) -> None:
+    for source in (tmp_path / "none", str(tmp_path / "none"), "nowhere/config.json", Path("nowhere")):
+        error = refused(InputError, lambda source=source: graphwright.plan(source, "h100"))
+        assert "no such file or folder" in error.what
+    assert "no config.json" in refused(InputError, lambda: graphwright.plan(tmp_path, "h100")).what
+    refused(InputError, lambda: graphwright.plan("not a model id", "h100"))
+
+
+def test_a_message_shows_control_characters_and_does_not_send_them(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "\x1b[31mred\x9b"}))
+    error = refused(InputError, lambda: graphwright.plan(path, "h100"))
+    assert "[31mred" in error.what and not {"\x1b", "\x9b"} & set(str(error))
+
+
+@pytest.mark.parametrize("name", ["kl", "perplexity", "memory", "latency"])
+@pytest.mark.parametrize("bound", [0, -1, float("nan"), float("inf"), -float("inf"), True, "", "much", [1]])
+def test_budgets_of_nothing(name: str, bound: Any) -> None:
+    error = refused(InputError, lambda: graphwright.Budget(**{name: bound}))
+    assert f"Budget({name}=" in str(error.where)
 
 
 # --- through the public call ---------------------------------------------------------------------
@@ -309,7 +403,7 @@ def test_an_unknown_target_names_the_nearest() -> None:
 
 def test_an_unknown_pass_names_the_known() -> None:
     with pytest.raises(PassError) as error:
-        graphwright.optimize(tiny_model("llama"), target="cpu", passes=["place_cash"])
+        graphwright.optimize(tiny_model("llama"), target="h100", passes=["place_cash"])
     assert "place_cache" in str(error.value)
 
 
@@ -328,5 +422,5 @@ def test_a_graph_break_names_the_source_line(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", breaks)
     with pytest.raises(CaptureError) as error:
-        graphwright.optimize(model, target="cpu")
+        graphwright.optimize(model, target="h100")
     assert "test_bad_input.py" in str(error.value.where) and "graph_break" in str(error.value.where)

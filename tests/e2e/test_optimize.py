@@ -140,7 +140,7 @@ def test_plan_answers_whether_it_fits() -> None:
 
 def test_plan_refuses_what_is_no_decoder(tmp_path: Path) -> None:
     """A path without a configuration, and an object that is none."""
-    with pytest.raises(InputError, match="no readable model configuration"):
+    with pytest.raises(InputError, match="no such file"):
         gw.plan(tmp_path / "missing.json", "h100")
     with pytest.raises(InputError, match="cannot plan"):
         gw.plan(3, "h100")  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def test_a_model_without_weights_is_refused() -> None:
 
 def test_the_workload_changes_what_is_stored() -> None:
     """Multi-head attention: keys and values while they fit, the layer input when memory is short."""
-    config = tiny_config("gpt2")
+    config = tiny_config("gpt2", layers=8)
     roomy = gw.plan(config, "h100", workload=gw.Workload(batch=1, prompt=64, generate=32))
     assert any(d.pass_name == "place_cache{cut=kv}" and d.status is Status.APPLIED for d in roomy.decisions)
     large = gw.Workload(batch=64, prompt=128, generate=64)
@@ -162,7 +162,8 @@ def test_the_workload_changes_what_is_stored() -> None:
     tight = gw.Budget(memory=int(full["total_bytes"] - full["cache_bytes"] // 4))
     short = gw.plan(config, "h100", workload=large, budget=tight)
     applied = {d.pass_name for d in short.decisions if d.status is Status.APPLIED}
-    assert "place_cache{cut=minimum}" in applied
+    assert any(name.startswith("place_cache{cut=minimum") for name in applied)
+    assert short.predicted["memory"]["fits"]
 
 
 def test_latent_attention_is_cached_compressed() -> None:

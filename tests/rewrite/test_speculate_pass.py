@@ -16,7 +16,7 @@ from graphwright.ir.errors import InputError, PassError
 from graphwright.passes.base import parse_pass
 from graphwright.passes.speculate import MOST_TOKENS, Speculate
 from graphwright.runtime.speculation import make_drafter
-from graphwright.runtime.speculation.acceptance import measure_acceptance
+from graphwright.runtime.speculation.acceptance import DraftRates, halves, measure_drafts
 from graphwright.runtime.speculation.drafter import _DRAFTERS, NO_DRAFT, Draft, Drafter
 from tests.rewrite.cached_programs import TARGET, WORKLOAD, rewrite
 
@@ -154,44 +154,57 @@ def _known() -> Iterator[None]:
         yield
 
 
+def rates(drafter: str, rows: Sequence[Sequence[int]], tokens: int, **options: Any) -> DraftRates:
+    """What a drafter gives on the second halves of texts."""
+    return measure_drafts(drafter, halves(rows), tokens, **options)
+
+
 def test_every_second_guess_is_right() -> None:
-    # 20 tokens to guess, two at a time: one accepted and one refused in each cycle.
-    assert measure_acceptance("half_right", [COUNTING], 2) == pytest.approx(0.5)
-    # one at a time: every guess is right
-    assert measure_acceptance("half_right", [COUNTING], 1) == 1.0
+    # Two at a time: in each cycle one is accepted, one refused, and the model's own token follows.
+    assert rates("half_right", [COUNTING], 2).tokens_per_cycle == 2.0
+    # One at a time: every guess is right.
+    one = rates("half_right", [COUNTING], 1)
+    assert (one.tokens_per_cycle, one.acceptance, one.hit_rate) == (2.0, 1.0, 1.0)
 
 
 def test_a_tree_is_followed_to_the_right_child() -> None:
-    assert measure_acceptance("tree", [COUNTING], 2) == 1.0
+    assert rates("tree", [COUNTING], 2).tokens_per_cycle == 2.0
 
 
-def test_silence_counts_as_refusal() -> None:
-    assert measure_acceptance("silent", [COUNTING], 4) == 0.0
+def test_silence_is_no_hit_and_no_refusal() -> None:
+    silent = rates("silent", [COUNTING], 4)
+    assert (silent.tokens_per_cycle, silent.hit_rate, silent.acceptance) == (1.0, 0.0, 0.0)
 
 
 def test_ngrams_on_text_that_repeats_and_text_that_does_not() -> None:
     period = [5, 9, 7, 3]
-    assert measure_acceptance("ngram", [period * 10], 8) == 1.0
-    assert measure_acceptance("ngram", [COUNTING], 8) == 0.0
-    both = measure_acceptance("ngram", [period * 10, COUNTING], 8)
-    assert 0.0 < both < 1.0
+    repeating = rates("ngram", [period * 10], 8)
+    assert (repeating.acceptance, repeating.tokens_per_cycle) == (1.0, 9.0)
+    assert rates("ngram", [COUNTING], 8).tokens_per_cycle == 1.0
+    both = rates("ngram", [period * 10, COUNTING], 8)
+    assert 0.0 < both.hit_rate < 1.0
+    assert both.acceptance == 1.0
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=30), max_size=4), st.integers(1, 8), st.integers(2, 4))
-def test_acceptance_is_a_probability(rows: list[list[int]], tokens: int, max_ngram: int) -> None:
-    assert 0.0 <= measure_acceptance("ngram", rows, tokens, max_ngram=max_ngram) <= 1.0
+def test_the_price_gives_back_what_was_measured(rows: list[list[int]], tokens: int, max_ngram: int) -> None:
+    found = rates("ngram", rows, tokens, max_ngram=max_ngram)
+    assert 0.0 <= found.acceptance <= 1.0
+    priced = Speculate(tokens=tokens, acceptance=found.acceptance, hit_rate=found.hit_rate).step_shape()
+    assert priced.tokens_per_step == pytest.approx(found.tokens_per_cycle)
 
 
-def test_nothing_to_guess_is_zero() -> None:
-    assert measure_acceptance("ngram", [], 8) == measure_acceptance("ngram", [[4]], 8) == 0.0
+def test_nothing_to_guess_is_a_plain_step() -> None:
+    for rows in ([], [[4]]):
+        assert rates("ngram", rows, 8).tokens_per_cycle == 1.0
 
 
 def test_bad_measurements_are_refused() -> None:
     with pytest.raises(InputError, match="no drafter"):
-        measure_acceptance("n-gramme", [COUNTING], 8)
+        rates("n-gramme", [COUNTING], 8)
     with pytest.raises(InputError, match="no option"):
-        measure_acceptance("ngram", [COUNTING], 8, depth=3)
+        rates("ngram", [COUNTING], 8, depth=3)
     with pytest.raises(InputError, match="drafts nothing"):
-        measure_acceptance("ngram", [COUNTING], 0)
+        rates("ngram", [COUNTING], 0)
     with pytest.raises(InputError, match="needs the model's logits"):
-        measure_acceptance("curious", [COUNTING], 8)
+        rates("curious", [COUNTING], 8)

@@ -6,13 +6,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-import torch._inductor
-import torch._inductor.config
 import torch.fx
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
@@ -48,6 +43,12 @@ def compile_piece(piece: Piece) -> Runner:
     autograd would add only a wrapper to every call. Inductor's cache on disk makes the next process
     load instead of compile.
     """
+    # A second to import, which what is only planned need not spend.
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+
     module = expand_bodies(piece.module)
     fakes = []
     for node in module.graph.find_nodes(op="placeholder"):
@@ -56,7 +57,7 @@ def compile_piece(piece: Piece) -> Runner:
     with torch.no_grad(), mode, tracing(TracingContext(mode)), V.set_fake_mode(mode):
         traced = make_fx(module, decomposition_table=select_decomp_table())(*fakes)
         traced.graph.eliminate_dead_code(is_impure_node=is_impure)
-        with torch._inductor.config.patch(_OPTIONS):
+        with inductor_config.patch(_OPTIONS):
             compiled = compile_fx_inner(traced, fakes)
     return lambda *args: compiled(list(args))
 

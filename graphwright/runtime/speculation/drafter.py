@@ -121,6 +121,21 @@ def drafters() -> dict[str, str]:
     return {name: (inspect.getdoc(cls) or "").splitlines()[0] for name, cls in sorted(_DRAFTERS.items())}
 
 
+def drafter_class(name: str) -> type[Drafter]:
+    """The class of the drafter ``name``.
+
+    Raises:
+        InputError: there is no such drafter; the nearest names are in the hint.
+    """
+    known = drafters()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+        raise InputError(
+            f"there is no drafter '{name}'", where="drafter", hint=f"did you mean {', '.join(near)}?"
+        )
+    return _DRAFTERS[name]
+
+
 def drafter_options(name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the offered options that the drafter ``name`` takes; none if there is no such drafter."""
     known = inspect.signature(_DRAFTERS[name]).parameters if name in drafters() else {}
@@ -133,13 +148,7 @@ def make_drafter(name: str, **options: Any) -> Drafter:
     Raises:
         InputError: there is no such drafter or option; the nearest names are in the hint.
     """
-    known = drafters()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-        raise InputError(
-            f"there is no drafter '{name}'", where="drafter", hint=f"did you mean {', '.join(near)}?"
-        )
-    cls = _DRAFTERS[name]
+    cls = drafter_class(name)
     accepted = list(inspect.signature(cls).parameters)
     wrong = sorted(set(options) - set(accepted))
     if wrong:

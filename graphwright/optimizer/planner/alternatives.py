@@ -1,0 +1,181 @@
+"""What could be done: chains of site passes, and sets of program-wide passes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from graphwright.ir.graph import Graph
+from graphwright.optimizer.planner.request import Request
+from graphwright.passes.base import Pass, SiteRecord, StepShape, registered_passes
+
+#: A layer's number; sites outside of all layers count as one.
+Layer = int | None
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One chain of site passes, tried on a copy of the graph at every layer.
+
+    Attributes:
+        passes: in order.
+        graph: rewritten wherever the chain is legal.
+        layers: where all of the chain applied.
+        records: what the last pass of the chain did at each site.
+    """
+
+    passes: tuple[Pass, ...]
+    graph: Graph
+    layers: frozenset[Layer]
+    records: tuple[SiteRecord, ...]
+
+    @property
+    def name(self) -> str:
+        """``place_cache{cut=minimum} + absorb_projections``."""
+        return name_of(self.passes)
+
+    @property
+    def lossy(self) -> tuple[Pass, ...]:
+        """The passes that change what the model computes."""
+        return tuple(p for p in self.passes if p.fidelity == "lossy")
+
+    @property
+    def exact_name(self) -> str:
+        """The name of the chain without them."""
+        return name_of([p for p in self.passes if p.fidelity != "lossy"])
+
+
+@dataclass(frozen=True)
+class ProgramChoice:
+    """One set of program-wide passes; the empty one is the plain program.
+
+    Attributes:
+        passes: in order.
+        shape: tokens of a step, by the one pass that changes them.
+    """
+
+    passes: tuple[Pass, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """``compile_layers + speculate{drafter=ngram}``; ``plain`` for none."""
+        return name_of(self.passes)
+
+    @property
+    def shape(self) -> StepShape:
+        """What a step runs and yields."""
+        return next((p.step_shape() for p in self.passes if p.step_shape() != StepShape()), StepShape())
+
+    @property
+    def rewriting(self) -> tuple[Pass, ...]:
+        """The passes that change what a step of one token costs."""
+        return tuple(p for p in self.passes if p.step_shape() == StepShape())
+
+
+def name_of(passes: Sequence[Pass]) -> str:
+    """Passes as one name."""
+    return " + ".join(map(str, passes)) or "plain"
+
+
+def find_alternatives(graph: Graph, request: Request) -> Iterator[Alternative]:
+    """Chains that begin by giving the program a cache; each further pass once, where what it needs is there.
+
+    A chain whose last pass applies nowhere ends there, and is given all the same, for its reasons.
+
+    Args:
+        graph: the canonical graph; copied for each chain.
+        request: lossy passes are tried only if it allows a loss.
+    """
+    classes = [cls for cls in registered_passes().values() if cls.scope == "site"]
+    first = [p for cls in classes if "cache" in cls.provides for p in cls.variants()]
+    rest = [cls for cls in classes if "cache" not in cls.provides]
+
+    def extend(base: Alternative) -> Iterator[Alternative]:
+        yield base
+        if not base.layers:
+            return
+        provided = frozenset().union(*(p.provides for p in base.passes))
+        for cls in rest:
+            unusable = not cls.requires <= provided or (cls.fidelity == "lossy" and not request.allows_loss)
+            # In the order of their names: each set of passes is tried once.
+            if unusable or any(
+                type(p) in rest and rest.index(type(p)) >= rest.index(cls) for p in base.passes
+            ):
+                continue
+            for chosen in cls.variants():
+                yield from extend(_applied(base.graph, base, chosen, request))
+
+    seen: set[tuple[str, ...]] = set()
+    for chosen in first:
+        for found in extend(_applied(graph, None, chosen, request)):
+            stores = tuple(
+                f"{n.meta['name']} {n.meta['val'].shape}" for n in found.graph.placeholders("state")
+            )
+            # A cut that stores keys and values everywhere is no alternative to storing keys and values.
+            if len(found.passes) == 1 and stores in seen:
+                yield _same_as_before(found)
+                break
+            seen.add(stores)
+            yield found
+
+
+def _same_as_before(found: Alternative) -> Alternative:
+    """A placement that gives the program of an earlier one: of no use, with the reason."""
+    reason = "stores in every layer what another placement does"
+    record = SiteRecord(str(found.passes[-1]), "program", "unprofitable", reason, found.passes[-1].fidelity)
+    return replace(found, layers=frozenset(), records=(record,))
+
+
+def _applied(graph: Graph, base: Alternative | None, chosen: Pass, request: Request) -> Alternative:
+    trial = graph.copy()
+    records = chosen(trial, request.workload, request.target, force=True)
+    layers = frozenset(_layer_of_site(r.site) for r in records if r.status == "applied")
+    if base is not None:
+        layers &= base.layers
+    return Alternative(((*base.passes, chosen) if base else (chosen,)), trial, layers, tuple(records))
+
+
+def _layer_of_site(site: str) -> Layer:
+    return next((int(part) for part in site.split(".") if part.isdigit()), None)
+
+
+def find_program_choices(graph: Graph, request: Request) -> tuple[list[ProgramChoice], list[SiteRecord]]:
+    """Every set of program-wide passes that is legal, the empty one first; and why the others are not.
+
+    Args:
+        graph: with a cache.
+    """
+    given: dict[str, list[Pass]] = {}
+    for chosen in request.program_passes:
+        given.setdefault(chosen.name, []).append(chosen)
+    refused: list[SiteRecord] = []
+    groups: list[list[Pass | None]] = []
+    for name, cls in registered_passes().items():
+        if cls.scope != "program":
+            continue
+        group: list[Pass | None] = [None]
+        for chosen in given.get(name, []) or cls.variants():
+            record = _refusal(chosen, graph, request)
+            if record is None:
+                group.append(chosen)
+            else:
+                refused.append(record)
+        groups.append(group)
+    choices = [
+        ProgramChoice(tuple(p for p in combination if p)) for combination in itertools.product(*groups)
+    ]
+    return choices, refused
+
+
+def _refusal(chosen: Pass, graph: Graph, request: Request) -> SiteRecord | None:
+    """Why a program-wide pass may not apply; None if it may."""
+    if chosen.fidelity == "lossy" and not request.allows_loss:
+        return SiteRecord(str(chosen), "program", "illegal", "the budget allows no loss", chosen.fidelity)
+    sites = chosen.find(graph)
+    if not sites:
+        return SiteRecord(str(chosen), "program", "not found", "no site matches", chosen.fidelity)
+    verdict = chosen.legal(sites[0])
+    if verdict.ok:
+        return None
+    return SiteRecord(str(chosen), "program", "illegal", verdict.reason, chosen.fidelity)

@@ -1,0 +1,103 @@
+"""From a request to a rewritten graph: the choice is made, applied, and priced again as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from graphwright.ir.errors import PassError
+from graphwright.ir.graph import Graph
+from graphwright.optimizer.planner.menu import make_menu
+from graphwright.optimizer.planner.request import Plan, Planned, Request, to_decision
+from graphwright.optimizer.report import Decision
+from graphwright.passes.base import Pass, order_passes, parse_pass
+
+
+def plan_given(graph: Graph, passes: Sequence[str | Pass], request: Request) -> Planned:
+    """Apply the caller's passes, all of them.
+
+    Raises:
+        PassError: one of them cannot apply.
+    """
+    graph.annotations["compile"] = False
+    baseline = request.estimate(graph)
+    applied, decisions = _apply_all(graph, [parse_pass(p) for p in passes], request)
+    return _planned(graph, applied, decisions, baseline, request)
+
+
+# Choices that a whole plan's workspace may push over the memory limit before giving up.
+_ATTEMPTS = 4
+
+
+def plan_best(graph: Graph, request: Request) -> Planned:
+    """Choose the fastest plan within the budget.
+
+    Args:
+        graph: the canonical graph; stays as it is.
+        request: what is planned for.
+
+    Raises:
+        BudgetError: nothing is within the budget; names the closest plan.
+    """
+    graph = graph.copy()
+    graph.annotations["compile"] = False
+    baseline = request.estimate(graph)
+    menu = make_menu(graph, request)
+    for _ in range(_ATTEMPTS):
+        best = menu.choose()
+        trial = graph.copy()
+        applied, decisions = _apply_all(trial, menu.passes_of(best), request)
+        planned = _planned(trial, applied, decisions, baseline, request)
+        if not menu.reserve(planned.plan.memory_bytes - best.memory_bytes):
+            break
+    else:
+        menu.refuse(best)
+    planned.plan = replace(
+        planned.plan,
+        seconds_per_token=best.seconds_per_token,  # as the others are priced: with drafts
+        kl=best.kl,
+        perplexity_ratio=best.perplexity,
+    )
+    planned.others = menu.others(best)
+    planned.decisions += menu.refusals(best)
+    return planned
+
+
+# --- applying ------------------------------------------------------------------------------------
+
+
+def _apply_all(graph: Graph, passes: Iterable[Pass], request: Request) -> tuple[list[str], list[Decision]]:
+    """Apply passes in their order.
+
+    Raises:
+        PassError: one of them applies nowhere.
+    """
+    applied: list[str] = []
+    decisions: list[Decision] = []
+    for chosen in order_passes(passes):
+        chosen = chosen.resolve(graph, request.workload, request.target, request.memory_limit)
+        records = chosen(graph, request.workload, request.target, force=True)
+        if not any(r.status == "applied" for r in records):
+            reasons = "; ".join(sorted({f"{r.site}: {r.reason}" for r in records})[:3])
+            raise PassError(
+                f"{chosen} cannot apply: {reasons}", where="passes", hint="leave it out, or use passes=None"
+            )
+        applied.append(str(chosen))
+        decisions += map(to_decision, records)
+    return applied, decisions
+
+
+def _planned(
+    graph: Graph, applied: list[str], decisions: list[Decision], baseline: dict[str, Any], request: Request
+) -> Planned:
+    predicted = request.estimate(graph)
+    plan = Plan(
+        tuple(applied),
+        request.target.name,
+        request.workload,
+        request.budget,
+        float(predicted["decode"]["seconds_per_token"]),
+        float(predicted["memory"]["total_bytes"]),
+    )
+    return Planned(graph, plan, decisions, predicted, baseline)

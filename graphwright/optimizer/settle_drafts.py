@@ -1,0 +1,183 @@
+"""Whether and how to draft, by measurement: what the caller's prompts accept, and what steps take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from graphwright.optimizer import check
+from graphwright.optimizer.describe import drafts_of, without_speculation
+from graphwright.optimizer.drafting import (
+    continue_prompts,
+    measured_drafts,
+    measured_seconds,
+    saved_seconds,
+)
+from graphwright.optimizer.planner import Request
+from graphwright.optimizer.report import Decision, Status
+from graphwright.optimizer.settled import NOISE, Settled
+from graphwright.passes.base import parse_pass
+from graphwright.passes.speculate import Speculate
+
+
+@dataclass
+class _Race:
+    """Drafts against plain steps.
+
+    Attributes:
+        plain: measured seconds of a plain step.
+        seconds: per token, by draft; of drafts that could not win if verifying was as cheap as a plain
+            step, what they would take even so.
+        verify: measured seconds of a step, by its tokens.
+        best: the draft that takes least.
+        per_token: what it takes, by generating where that was tried.
+        generated: whether it was.
+    """
+
+    plain: float
+    seconds: dict[Speculate, float]
+    verify: dict[int, float]
+    best: Speculate
+    per_token: float
+    generated: bool = False
+
+    @property
+    def pays(self) -> bool:
+        """Whether drafts are faster than plain steps, by more than noise."""
+        return self.per_token < (1 - NOISE) * self.plain
+
+    def of(self, drafts: Speculate) -> float:
+        """What these drafts take, as they would be accepted."""
+        alike = [took for other, took in self.seconds.items() if other.options() == drafts.options()]
+        return self.per_token if same_drafts(drafts, self.best) or not alike else alike[0]
+
+
+def settle_drafts(
+    model: PreTrainedModel, settled: Settled, request: Request, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Draft as the measurements say is fastest; undo drafts that they say are slower.
+
+    Steps are timed one by one, and with the caller's prompts the winner generates once with and once
+    without drafts, which includes what the host does between steps.
+    """
+    if not settled.built.graph.placeholders("state"):
+        return
+    chosen = drafts_of(settled.built.planned.plan.passes)
+    candidates = _candidates(settled, prompts, chosen)
+    if not candidates:
+        return
+    race = _race(settled, request, candidates)
+    if prompts and race.pays:
+        program = settled.built.program
+        saved = saved_seconds(model, program, race.best, prompts, request.workload.batch)
+        race.per_token, race.generated = race.plain - saved, True
+    if chosen is not None:
+        settled.times[settled.built.planned.plan.passes] = race.of(chosen)
+        if not (race.pays and same_drafts(chosen, race.best)):
+            settled.decisions.append(_undone(chosen, race))
+    if race.pays:
+        settled.decisions.append(_applied(race, bool(prompts)))
+        shape = race.best.step_shape()
+        settled.measured["speculation"] = {
+            "decode_seconds": race.plain,
+            "verify_seconds": race.verify[shape.tokens],
+            "tokens_per_cycle": shape.tokens_per_step,
+            "seconds_per_token": race.per_token,
+            "speedup": race.plain / race.per_token,
+        }
+    _draft_with(settled, chosen, race)
+
+
+def same_drafts(one: Speculate | None, other: Speculate | None) -> bool:
+    """Whether two programs draft alike, whatever acceptance each was priced with."""
+    return (one and one.options()) == (other and other.options())
+
+
+def _candidates(
+    settled: Settled, prompts: Sequence[Sequence[int]], chosen: Speculate | None
+) -> tuple[Speculate, ...]:
+    """What to weigh: drafts as the program's own continuations accept them; else what the planner assumed."""
+    texts = continue_prompts(settled.built.program, prompts) if prompts else []
+    return measured_drafts(texts) or (() if chosen is None else (chosen,))
+
+
+def _race(settled: Settled, request: Request, candidates: Sequence[Speculate]) -> _Race:
+    workload, plain = request.workload, settled.step_seconds
+    verify: dict[int, float] = {}
+    seconds: dict[Speculate, float] = {}
+    for candidate in candidates:
+        shape = candidate.step_shape()
+        # A step never takes less than a plain one: what cannot gain even so is not timed.
+        seconds[candidate] = measured_seconds(shape, plain, plain, workload.batch)
+        if seconds[candidate] >= (1 - NOISE) * plain:
+            continue
+        if shape.tokens not in verify:
+            step = check.measure_decode(settled.built.program, workload, shape.tokens)
+            verify[shape.tokens] = step["seconds_per_token"]
+        seconds[candidate] = measured_seconds(shape, plain, verify[shape.tokens], workload.batch)
+    best = min(seconds, key=lambda p: seconds[p])
+    return _Race(plain, seconds, verify, best, seconds[best])
+
+
+# --- what became of it ---------------------------------------------------------------------------
+
+
+def _draft_with(settled: Settled, chosen: Speculate | None, race: _Race) -> None:
+    """Put the choice into the graph, the plan and its decisions."""
+    planned, graph = settled.built.planned, settled.built.graph
+    graph.annotations.pop("speculation", None)
+    passes = without_speculation(planned.plan.passes)
+    per_token, best = race.plain, race.best if race.pays else None
+    if best is not None:
+        best.apply(best.find(graph)[0], graph)
+        passes, per_token = (*passes, str(best)), race.per_token
+    # Lines about these drafts give way to what was measured of them.
+    planned.decisions[:] = [
+        d for d in planned.decisions if not (_is_about(d, chosen) or _is_about(d, best))
+    ]  # fmt: skip
+    # The prediction of the plan stays the cost model's, with what drafts gave on top.
+    predicted = planned.predicted["decode"]["seconds_per_token"] * per_token / race.plain
+    planned.plan = replace(planned.plan, passes=passes, seconds_per_token=predicted)
+
+
+def _is_about(decision: Decision, drafts: Speculate | None) -> bool:
+    if drafts is None or decision.pass_name.split("{")[0] != Speculate.name:
+        return False
+    found = parse_pass(decision.pass_name)
+    return isinstance(found, Speculate) and same_drafts(found, drafts)
+
+
+def _undone(chosen: Speculate, race: _Race) -> Decision:
+    """Why the planner's drafts did not stay."""
+    took = race.of(chosen)
+    shape = next((p.step_shape() for p in race.seconds if same_drafts(p, chosen)), chosen.step_shape())
+    if race.pays:
+        against = f"{race.per_token * 1e3:.3g} ms with {race.best}"
+    else:
+        against = f"{race.plain * 1e3:.3g} ms without"
+    if race.generated and not race.pays:
+        found = f"generating with {race.best} takes {race.per_token * 1e3:.3g} ms a token"
+    elif shape.tokens in race.verify:
+        found = f"{shape.tokens_per_step:.2f} tokens a step take {took * 1e3:.3g} ms a token"
+    else:
+        found = (
+            f"{shape.tokens_per_step:.2f} tokens a step are {took * 1e3:.3g} ms a token at least, "
+            "if verifying costs no more than a plain step"
+        )
+    lost = {"seconds_per_token": took - (race.per_token if race.pays else race.plain)}
+    return Decision(
+        str(chosen), "", Status.UNDONE, f"measured: {found}, {against}", None, lost, chosen.fidelity
+    )
+
+
+def _applied(race: _Race, on_prompts: bool) -> Decision:
+    shape = race.best.step_shape()
+    evidence = "on the caller's prompts" if on_prompts else "as reference prose accepts them, steps measured"
+    reason = (
+        f"{shape.tokens_per_step:.2f} tokens a step of {shape.tokens} {evidence}: "
+        f"{race.per_token * 1e3:.3g} ms a token, {race.plain * 1e3:.3g} ms without"
+    )
+    saved = {"seconds_per_token": race.per_token - race.plain}
+    return Decision(str(race.best), "", Status.APPLIED, reason, None, saved, race.best.fidelity)
