@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,15 +26,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from common import load_model, load_prose, machine
+from transformers import DynamicCache
 
 import graphwright as gw
-from graphwright.cost_model.calibrate import cpu_name
 
 WARM_UP_STEPS = 4
 BANDWIDTH_BYTES = 1 << 29
@@ -97,24 +95,6 @@ class GraphwrightSide:
         return tokens
 
 
-def load_model(options: argparse.Namespace) -> Any:
-    """The model in bfloat16, ready for inference."""
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, gguf_file=options.gguf, dtype=torch.bfloat16, local_files_only=True
-    )
-    return model.eval()
-
-
-def load_prompt(options: argparse.Namespace, length: int) -> torch.Tensor:
-    """``[1, length]`` tokens of the English prose that Python ships."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model, gguf_file=options.gguf, local_files_only=True)
-    text = "\n\n".join(topics[name] for name in sorted(topics))[: 8 * length]
-    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    if tokens.shape[1] < length:
-        raise SystemExit(f"the prose has {tokens.shape[1]} tokens only; choose shorter --contexts")
-    return tokens[:, :length]
-
-
 def optimize(model: Any, options: argparse.Namespace) -> Any:
     """The program under test: no speculation."""
     workload = gw.Workload(batch=1, prompt=max(options.contexts), generate=options.steps)
@@ -166,26 +146,14 @@ def measure(model: Any, fast: Any, prompt: torch.Tensor, bandwidth: float, steps
     return Result(context, stock, ours, ratio, roofline, ours / roofline, tokens[0] == tokens[1])
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "not limited"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def run_side(options: argparse.Namespace) -> dict[str, Any]:
     """One side alone, for its peak memory; ``optimize`` stops after optimizing."""
-    model = load_model(options)
+    model = load_model(options.model, options.gguf)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found: dict[str, Any] = {"loaded_bytes": loaded}
     with torch.inference_mode():
         if options.side == "stock":
-            prompt = load_prompt(options, max(options.contexts))
+            prompt = load_prose(options.model, options.gguf, max(options.contexts))
             StockSide(model, prompt).decode(options.steps)
         else:
             started = time.perf_counter()
@@ -193,7 +161,7 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
             found["seconds"] = time.perf_counter() - started
             found["steps"] = fast.report.measured.get("seconds", {})
             if options.side == "graphwright":
-                prompt = load_prompt(options, max(options.contexts))
+                prompt = load_prose(options.model, options.gguf, max(options.contexts))
                 GraphwrightSide(fast, prompt, prompt.shape[1] + options.steps + 1).decode(options.steps)
     found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found
@@ -289,9 +257,9 @@ def main() -> None:
         return
     bandwidth = read_bandwidth()
     print("loading and optimizing ...", flush=True)
-    model = load_model(options)
+    model = load_model(options.model, options.gguf)
     fast = optimize(model, options)
-    prompt = load_prompt(options, max(options.contexts))
+    prompt = load_prose(options.model, options.gguf, max(options.contexts))
     results = []
     for context in options.contexts:
         print(f"context {context:,} ...", flush=True)
