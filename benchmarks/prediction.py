@@ -1,11 +1,12 @@
 """Predicted and measured step times on this CPU, side by side.
 
-The machine is calibrated first, with kernels on synthetic data: nothing is fitted to the model. Then
-every combination of batch, context and option is measured in turn, round after round, so that a slow
-moment of the machine hits all alike; the figures are medians over all rounds. The options are those the
-planner chooses from: compiled or op by op, one token a step or drafts to verify.
+In each round the machine is calibrated, with kernels on synthetic data (nothing is fitted to the model),
+and then every combination of batch, context and option is measured in turn: on a shared machine the speed
+of memory and of matrix units changes from minute to minute, for both sides. The figures are medians over
+rounds. The options are those the planner chooses from: compiled or op by op, one token a step or drafts
+to verify.
 
-The cache holds zeros: what a step takes does not depend on what it reads.
+The cache holds ones: what a step takes does not depend on what it reads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import transformers
 from common import load_model, machine
 
 import graphwright as gw
-from graphwright.cost_model import Target, graph_cost, predict
+from graphwright.cost_model import graph_cost, predict
 from graphwright.optimizer.calibration import calibrate_machine
 
 #: The options: passes, and tokens per step (more than one verifies drafts).
@@ -44,8 +45,13 @@ class Case:
     batch: int
     context: int
     tokens: int
-    predicted: float
+    predictions: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+
+    @property
+    def predicted(self) -> float:
+        """The median over all calibrations."""
+        return statistics.median(self.predictions)
 
     @property
     def measured(self) -> float:
@@ -64,6 +70,8 @@ class Step:
     def __init__(self, program: Any, case: Case) -> None:
         self.program, self.case = program, case
         self.state = program.allocate(case.batch, case.context + case.tokens)
+        for store in self.state.stores.values():
+            store.fill_(1)  # pages that were never written are all one page, which stays in a cache
         self.state.lengths.fill_(case.context)
         self.tokens = torch.zeros((case.batch, case.tokens), dtype=torch.int64)
         self.counts = torch.full((case.batch,), case.tokens)
@@ -84,26 +92,25 @@ def build(model: Any, contexts: list[int]) -> dict[tuple[str, ...], Any]:
     return {p: gw.optimize(model, "cpu", workload=workload, passes=list(p)) for p in wanted}
 
 
-def cases(
-    programs: dict[tuple[str, ...], Any], target: Target, options: argparse.Namespace
-) -> Iterator[Case]:
-    """Every combination with its prediction."""
-    costs = {passes: graph_cost(fast.graph) for passes, fast in programs.items()}
-    for name, (passes, tokens) in OPTIONS.items():
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Every combination."""
+    for name, (_, tokens) in OPTIONS.items():
         for batch in options.batches:
             for context in options.contexts:
-                place: dict[str, Any] = {"batch": batch, "context": context, "tokens": tokens}
-                seconds = predict(costs[tuple(passes)], target, **place).seconds
-                yield Case(name, batch, context, tokens, seconds)
+                yield Case(name, batch, context, tokens)
 
 
 def measure(programs: dict[tuple[str, ...], Any], found: list[Case], rounds: int, steps: int) -> None:
-    """All cases in turn, round after round."""
+    """Calibrate, predict and measure all cases in turn, round after round."""
+    costs = {passes: graph_cost(fast.graph) for passes, fast in programs.items()}
     for number in range(rounds):
         print(f"round {number + 1} of {rounds} ...", flush=True)
+        target = calibrate_machine()
         for case in found:
-            program = programs[tuple(OPTIONS[case.option][0])].program
-            Step(program, case).time(steps)
+            place: dict[str, Any] = {"batch": case.batch, "context": case.context, "tokens": case.tokens}
+            passes = tuple(OPTIONS[case.option][0])
+            case.predictions.append(predict(costs[passes], target, **place).seconds)
+            Step(programs[passes].program, case).time(steps)
 
 
 def summary(found: list[Case]) -> dict[str, float]:
@@ -156,9 +163,7 @@ def main() -> None:
     print("loading and optimizing ...", flush=True)
     model = load_model(options.model, options.gguf)
     programs = build(model, options.contexts)
-    print("calibrating ...", flush=True)
-    target = calibrate_machine()
-    found = list(cases(programs, target, options))
+    found = list(cases(options))
     measure(programs, found, options.rounds, options.steps)
     show(found)
     if options.json:
@@ -169,7 +174,8 @@ def main() -> None:
             "summary": summary(found),
             "cases": [
                 {
-                    **{k: v for k, v in asdict(c).items() if k != "times"},
+                    **{k: v for k, v in asdict(c).items() if k not in ("times", "predictions")},
+                    "predicted": c.predicted,
                     "measured": c.measured,
                     "error": c.error,
                 }

@@ -158,8 +158,10 @@ def seconds_per_token(fast: Any, scenario: Scenario, number: int) -> float:
     rows = [scenario.prompts(1000 + number * workload.batch + row) for row in range(workload.batch)]
     width = min(map(len, rows))
     watch = Watch()
+    ids = torch.tensor([row[-width:] for row in rows])
     fast.generate(
-        torch.tensor([row[-width:] for row in rows]),
+        ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=workload.generate,
         min_new_tokens=workload.generate,
         do_sample=False,

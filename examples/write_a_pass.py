@@ -1,8 +1,10 @@
 """A new pass in one file: attention that sees only the newest tokens.
 
 Each attention without a window gets one, so the cache keeps that many tokens and no more. It is the
-simplest sparse attention there is, and lossy, so it runs because it is asked for by name. Everything
-else (kernels, the ring storage, generation, measurement, the report) comes for free.
+simplest sparse attention there is. It acts before the cache is placed, and is lossy, so it runs because it
+is asked for by name. A pass that the planner shall weigh by itself acts on a graph that has a cache, and says
+in ``variants`` which of its settings to price ("Adding to it" in docs/architecture.md). Everything else
+(kernels, the ring storage, generation, measurement, the report) comes for free.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ def main() -> None:
         print(" + ".join(passes))
         print(f"  mean KL against the stock model: {kl.mean():.2e} nats a token")
         print(f"  of which while the window holds everything: {kl[:, :64].mean():.2e}")
-        print(f"  bytes by kind: {fast.memory()}\n")
+        print(f"  bytes of the cache: {fast.report.measured['memory']['cache_bytes']:,.0f}\n")
 
     print(fast.report)
 

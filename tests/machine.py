@@ -33,6 +33,7 @@ def fixed_figures() -> calibrate.Measured:
         curves=curves,
         launches={name: 3e-6 if name.startswith("linear") else 2e-5 for name in curves},
         activation_rates={"float32": 1.4e10, "bfloat16": 6e9},
+        kernel_rates=[[2.0**25, 5e10], [2.0**29, 2.5e10]],
     )
 
 

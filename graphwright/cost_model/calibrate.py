@@ -35,6 +35,7 @@ from graphwright.cost_model.measure import (
     activation_rate,
     attention_curve,
     linear_curve,
+    linear_rates,
     matmul_rate,
     read_rates,
     small_op_seconds,
@@ -53,7 +54,7 @@ __all__ = [
     "store",
 ]
 
-_VERSION = 2
+_VERSION = 3
 _ASSUMED_CACHE = 32 * MIB
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -76,6 +77,7 @@ class Measured:
         curves: by kernel and dtype (``linear.bfloat16``), ``[operations per byte, seconds per byte]``.
         launches: likewise, seconds that a launch takes beyond its bytes and ``launch_overhead``.
         activation_rates: by dtype, bytes per second of the arithmetic between kernels.
+        kernel_rates: ``[bytes, bytes per second]`` at which linears read growing numbers of weights.
     """
 
     device: str
@@ -88,12 +90,13 @@ class Measured:
     curves: dict[str, Curve] = field(default_factory=dict)
     launches: dict[str, float] = field(default_factory=dict)
     activation_rates: dict[str, float] = field(default_factory=dict)
+    kernel_rates: list[list[float]] = field(default_factory=list)
 
     def figures(self) -> Iterator[float]:
         """Every number; a usable measurement has only finite ones above zero."""
         yield from (self.bandwidth, self.launch_overhead, *self.flops.values(), *self.launches.values())
         yield from self.activation_rates.values()
-        for curve in (self.bandwidths, *self.curves.values()):
+        for curve in (self.bandwidths, self.kernel_rates, *self.curves.values()):
             for point in curve:
                 yield from point
 
@@ -169,7 +172,8 @@ def apply_measured(target: Target, measured: Measured | None) -> Target:
         sources[f"measured.{name}"] = note
     here = replace(
         here, launch_overhead=measured.launch_overhead, curves=freeze_curves(measured.curves),
-        launches=measured.launches, activation_rates=measured.activation_rates, sources=sources,
+        launches=measured.launches, activation_rates=measured.activation_rates,
+        kernel_rates=tuple((size, rate) for size, rate in measured.kernel_rates), sources=sources,
     )  # fmt: skip
     if target.kind != "cpu":
         fraction = min(1.0, measured.bandwidth / target.bandwidth)
@@ -210,6 +214,7 @@ def _measure(kernels: Kernels | None, device: torch.device, tell: Progress, seco
     curves: dict[str, Curve] = {}
     launches: dict[str, float] = {}
     activations: dict[str, float] = {}
+    rates: list[list[float]] = []
     if kernels is not None:
         for index, dtype in enumerate(_DTYPES):
             name = str(dtype).removeprefix("torch.")
@@ -223,12 +228,13 @@ def _measure(kernels: Kernels | None, device: torch.device, tell: Progress, seco
             flops[name] = max(flops.get(name, 0.0), reached)
             if device.type == "cpu":
                 activations[name] = activation_rate(dtype, clock)
+        rates = linear_rates(kernels.linear, clock, size)
     tell("launches", 0.9)
     launch = kernels.launch() if kernels is not None and kernels.launch else small_op_seconds(clock)
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     return Measured(
         _device_name(device), threads, bandwidths[-1][1], flops, launch, size, bandwidths,
-        curves, {name: max(s, 1e-9) for name, s in launches.items()}, activations,
+        curves, {name: max(s, 1e-9) for name, s in launches.items()}, activations, rates,
     )  # fmt: skip
 
 

@@ -78,17 +78,21 @@ class GraphCost:
         return "\n".join(lines)
 
 
-def graph_cost(graph: Graph) -> GraphCost:
+def graph_cost(graph: Graph, *, fused: bool | None = None) -> GraphCost:
     """Price every node of a graph, captured, canonical or rewritten.
 
     Sizes must be known from ``meta["val"]``. Ops that a compiler fuses (elementwise ops, norms, rotary)
-    start one kernel per connected region, and only what enters or leaves the region is traffic; a graph
-    that says it will not be compiled (``annotations["compile"]`` is False) starts a kernel for each step
-    of each op. Linears of one input, and an attention with its appends, are one launch (lowering joins them).
+    start one kernel per connected region, and only what enters or leaves the region is traffic; where nothing
+    is fused, each step of each op starts one. Linears of one input, and an attention with its appends, are
+    one launch (lowering joins them).
+
+    Args:
+        graph: what to price.
+        fused: whether it is compiled; by default unless it says otherwise (``annotations["compile"]``).
     """
     shapes = Shapes(graph)
     head = find_head(graph)
-    regions = _Regions(graph, fused=graph.annotations.get("compile", True))
+    regions = _Regions(graph, fused=graph.annotations.get("compile", True) if fused is None else fused)
     joined = _joined(graph)
     memo: dict[Any, Cost] = {}
     by_node: dict[Node, Cost] = {}

@@ -23,6 +23,8 @@ BUFFER_BYTES = 512 * MIB
 ROWS = (1, 2, 4, 8, 16, 17, 32, 33, 64, 128, 512)
 #: Query tokens of the measured attention.
 TOKENS = (1, 2, 4, 8, 16, 64, 256)
+#: Sequences of the measured attention.
+BATCHES = (1, 4)
 _WIDE, _DEEP = 2048, 1024  # a weight of the measured products: 4 MiB in bfloat16
 _SMALL = 512  # and of those that tell what a launch costs
 _HEADS, _GROUPS, _WIDTH, _CONTEXT = 8, 4, 64, 2048
@@ -103,10 +105,7 @@ def read_rates(size: int, clock: Clock) -> list[list[float]]:
         half = len(values) // 2
         runs = (values.sum, partial(torch.dot, values[:half], values[half:]))
         rates.append([float(values.nbytes), values.nbytes / min(clock.best(run) for run in runs)])
-    # A larger buffer is never read faster; where it seems so, the smaller one was disturbed.
-    for index in range(len(rates) - 2, -1, -1):
-        rates[index][1] = max(rates[index][1], rates[index + 1][1])
-    return rates
+    return falling(rates)
 
 
 def matmul_rate(dtype: torch.dtype, clock: Clock) -> float:
@@ -160,24 +159,63 @@ def linear_curve(
         Seconds per launch, and the curve; its intensity is ``2 rows / itemsize``.
     """
 
-    def weights(wide: int, deep: int) -> list[torch.Tensor]:
-        one = wide * deep * dtype.itemsize
-        return [torch.ones(wide, deep, dtype=dtype, device=clock.device) for _ in range(max(1, size // one))]
-
     def seconds(pool: list[torch.Tensor], count: int) -> float:
-        pool = pool[: _passes(len(pool), count)]
-        x = torch.ones(1, count, pool[0].shape[1], dtype=dtype, device=clock.device)
+        return _linear_seconds(linear, pool[: _passes(len(pool), count)], count, clock)
 
-        def run() -> None:
-            for weight in pool:
-                linear(x, weight)
-
-        return clock.median(run) / len(pool)
-
-    large, small = weights(_WIDE, _DEEP), weights(_SMALL, _SMALL)
+    large, small = _weights(_WIDE, _DEEP, dtype, size, clock), _weights(_SMALL, _SMALL, dtype, size, clock)
     times = [(count, seconds(large, count)) for count in rows]
-    launch = _launch_seconds(seconds(small, 1), small[0].nbytes, times[0][1], large[0].nbytes)
-    return launch, _curve([(2 * n / dtype.itemsize, s) for n, s in times], launch, large[0].nbytes)
+    launch = _launch_seconds(
+        _linear_seconds(linear, small, 1, clock, best=True), small[0].nbytes, times[0][1], large[0].nbytes
+    )
+    points = [(2 * n / dtype.itemsize, _per_byte(took, launch, large[0].nbytes)) for n, took in times]
+    return launch, _rising(points)
+
+
+@torch.no_grad()
+def linear_rates(
+    linear: Callable[[torch.Tensor, torch.Tensor], Any], clock: Clock, size: int = BUFFER_BYTES
+) -> list[list[float]]:
+    """``[bytes, bytes per second]`` at which one row goes through growing numbers of bfloat16 weights.
+
+    Weights that caches keep from pass to pass are read faster; the rates fall with their number.
+    """
+    pool = _weights(_WIDE, _DEEP, torch.bfloat16, size, clock)
+    rates: list[list[float]] = []
+    for part in (16, 4, 2, 1):
+        some = pool[: max(1, len(pool) // part)]
+        nbytes = len(some) * pool[0].nbytes
+        rates.append([float(nbytes), nbytes / (len(some) * _linear_seconds(linear, some, 1, clock))])
+    return falling(rates)
+
+
+def falling(rates: list[list[float]]) -> list[list[float]]:
+    """More bytes are never read faster; where it seems so, the smaller number was disturbed."""
+    for index in range(len(rates) - 2, -1, -1):
+        rates[index][1] = max(rates[index][1], rates[index + 1][1])
+    return rates
+
+
+def _weights(wide: int, deep: int, dtype: torch.dtype, size: int, clock: Clock) -> list[torch.Tensor]:
+    count = max(1, size // (wide * deep * dtype.itemsize))
+    return [torch.ones(wide, deep, dtype=dtype, device=clock.device) for _ in range(count)]
+
+
+def _linear_seconds(
+    linear: Callable[[torch.Tensor, torch.Tensor], Any],
+    pool: list[torch.Tensor],
+    rows: int,
+    clock: Clock,
+    *,
+    best: bool = False,
+) -> float:
+    """Seconds of one linear among many, the median or the ``best`` over passes."""
+    x = torch.ones(1, rows, pool[0].shape[1], dtype=pool[0].dtype, device=clock.device)
+
+    def run() -> None:
+        for weight in pool:
+            linear(x, weight)
+
+    return (clock.best(run) if best else clock.median(run)) / len(pool)
 
 
 @torch.no_grad()
@@ -193,16 +231,39 @@ def attention_curve(
     Returns:
         Seconds per launch, and the curve; its intensity is ``2 H T / (G itemsize)``.
     """
-    head = _GROUPS * _WIDTH * dtype.itemsize
+    slot = 2 * _GROUPS * _WIDTH * dtype.itemsize
 
-    def seconds(context: int, new: int) -> float:
-        count = _passes(max(1, size // (2 * head * context)), new) if context > 64 else 64
-        shape = (1, _GROUPS, context + new, _WIDTH)
-        options = {"dtype": dtype, "device": clock.device}
-        stores = [[torch.ones(shape, **options) for _ in range(2)] for _ in range(count)]  # type: ignore[arg-type]
-        q, k, v = (torch.ones(1, h, new, _WIDTH, **options) for h in (_HEADS, _GROUPS, _GROUPS))  # type: ignore[arg-type]
-        lengths = torch.full((1,), context, device=clock.device)
-        counts = torch.full((1,), new, device=clock.device)
+    def seconds(context: int, new: int, batch: int = 1) -> float:
+        available = max(1, size // (slot * context * batch * len(BATCHES)))
+        calls = _attention_calls(attention, dtype, clock, context, new, batch)
+        return calls(_passes(available, new) if context > 64 else 64)
+
+    launch = _launch_seconds(seconds(16, 1), slot * 16, seconds(_CONTEXT, 1), slot * _CONTEXT)
+    # Few rows and many are shared out among threads in different ways; a program may run either.
+    times = [
+        (2 * _HEADS / _GROUPS / dtype.itemsize * new, batch, seconds(_CONTEXT, new, batch))
+        for new in tokens
+        for batch in BATCHES
+    ]
+    nbytes = slot * _CONTEXT
+    points: dict[float, list[float]] = {}
+    for intensity, batch, took in times:
+        points.setdefault(intensity, []).append(_per_byte(took, launch, batch * nbytes))
+    return launch, _rising([(x, statistics.mean(found)) for x, found in points.items()])
+
+
+def _attention_calls(
+    attention: Callable[..., Any], dtype: torch.dtype, clock: Clock, context: int, new: int, batch: int
+) -> Callable[[int], float]:
+    """Times attention over so many stores, one after the other: seconds of one call."""
+    options: dict[str, Any] = {"dtype": dtype, "device": clock.device}
+
+    def measure(count: int) -> float:
+        shape = (batch, _GROUPS, context + new, _WIDTH)
+        stores = [[torch.ones(shape, **options) for _ in range(2)] for _ in range(count)]
+        q, k, v = (torch.ones(batch, heads, new, _WIDTH, **options) for heads in (_HEADS, _GROUPS, _GROUPS))
+        lengths = torch.full((batch,), context, device=clock.device)
+        counts = torch.full((batch,), new, device=clock.device)
         positions = lengths[:, None] + torch.arange(new, device=clock.device)
 
         def run() -> None:
@@ -211,11 +272,7 @@ def attention_curve(
 
         return clock.median(run) / count
 
-    nbytes = 2 * head * _CONTEXT
-    times = [(new, seconds(_CONTEXT, new)) for new in tokens]
-    launch = _launch_seconds(seconds(16, 1), 2 * head * 16, times[0][1], nbytes)
-    intensity = 2 * _HEADS / _GROUPS / dtype.itemsize
-    return launch, _curve([(intensity * n, s) for n, s in times], launch, nbytes)
+    return measure
 
 
 def _passes(available: int, rows: int) -> int:
@@ -224,15 +281,22 @@ def _passes(available: int, rows: int) -> int:
 
 
 def _launch_seconds(small: float, small_bytes: int, large: float, large_bytes: int) -> float:
-    """The part of a call that does not grow with its bytes, from a small and a large call."""
+    """The part of a call that does not grow with its bytes, from a small and a large call.
+
+    At most half of the large call: a small call that was disturbed must not take the bytes' time away.
+    """
     slope = max(large - small, 0.0) / (large_bytes - small_bytes)
-    return max(small - slope * small_bytes, 0.0)
+    return min(max(small - slope * small_bytes, 0.0), large / 2)
 
 
-def _curve(times: list[tuple[float, float]], launch: float, nbytes: int) -> Curve:
-    """Seconds per byte without the launch; more arithmetic is never faster, so a dip is noise."""
+def _per_byte(seconds: float, launch: float, nbytes: int) -> float:
+    """Seconds per byte of a call without its launch."""
+    return max(seconds - launch, 0.05 * seconds) / nbytes
+
+
+def _rising(points: list[tuple[float, float]]) -> Curve:
+    """More arithmetic is never faster, so a dip is noise."""
     curve: Curve = []
-    for intensity, seconds in times:
-        per_byte = max(seconds - launch, 0.05 * seconds) / nbytes
+    for intensity, per_byte in points:
         curve.append([intensity, max([per_byte, *(known for _, known in curve)])])
     return curve

@@ -64,6 +64,7 @@ class Target:
             seconds per byte)`` ascending, read from memory. Empty where only the peaks are known.
         launches: for the same kernels, seconds of a launch beyond its bytes and ``launch_overhead``.
         activation_rates: by dtype, measured bytes per second of the arithmetic between kernels.
+        kernel_rates: measured ``(bytes, bytes per second)`` of linears over so many bytes of weights.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Target:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     launches: Mapping[str, float] = field(default_factory=dict)
     activation_rates: Mapping[str, float] = field(default_factory=dict)
+    kernel_rates: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("peak_flops", "sources", "measured", "curves", "launches", "activation_rates"):
@@ -119,8 +121,10 @@ class Target:
         return interpolate_bandwidth(self.bandwidths, step_bytes) if self.bandwidths else self.bandwidth
 
     def cache_speedup(self, step_bytes: float) -> float:
-        """How many times faster a step that reads so many bytes gets them than one beyond all caches."""
-        return self.read_rate(step_bytes) / self.bandwidths[-1][1] if self.bandwidths else 1.0
+        """How many times faster kernels read in a step of so many bytes than in one beyond all caches."""
+        if not self.kernel_rates:
+            return 1.0
+        return interpolate_bandwidth(self.kernel_rates, step_bytes) / self.kernel_rates[-1][1]
 
     def efficiency(self, figure: str) -> float:
         """The measured fraction of a peak, e.g. ``linear_bandwidth``; 1 where nothing was measured."""

@@ -87,41 +87,66 @@ def program_kernels(device: torch.device) -> Kernels:
     return Kernels(linear, attention, lambda: launch_seconds(device))
 
 
-def launch_seconds(device: torch.device, layers: int = 4, runs: int = 60) -> float:
+def launch_seconds(device: torch.device, layers: int = 6, runs: int = 40) -> float:
     """Seconds that one launch adds to a program's step.
 
-    Measured on a decoder so narrow that its steps are nothing but launches, op by op: the time of a step
-    over the launches that the cost model counts in it.
+    Measured inside a program, a small decoder run op by op: the time of its step without that of its
+    kernels, over the launches that the cost model counts in it. Between two launches of a program its
+    weights pass through the caches, which makes them several times as slow as in a loop of their own.
     """
-    graph = _narrow_decoder(device, layers)
+    graph = _small_decoder(device, layers)
     step = lower(graph, device, LoweringOptions(compile=False))
-    program = Program(step, config=None, device=device, dtype=torch.float32, vocab_size=64, max_positions=64)
+    program = Program(step, config=None, device=device, dtype=_DTYPE, vocab_size=_VOCAB, max_positions=64)
     state = program.allocate(1, 32)
     state.lengths.fill_(8)
     tokens = torch.zeros((1, 1), dtype=torch.int64, device=device)
     counts = torch.ones(1, dtype=torch.int64, device=device)
-    times = []
-    for _ in range(runs):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        program.step(state, tokens, counts)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
     launches = graph_cost(graph).cost("decode").at(batch=1, context=8).launches
-    return statistics.median(times) / launches
+    calls = _kernel_calls(graph, device)
+    whole, kernels = [], []
+    for _ in range(runs):
+        whole.append(_seconds(lambda: program.step(state, tokens, counts), device))
+        kernels.append(_seconds(calls, device))
+    return (
+        max(statistics.median(whole) - statistics.median(kernels), 0.05 * statistics.median(whole)) / launches
+    )
 
 
-def _narrow_decoder(device: torch.device, layers: int) -> Graph:
+_DTYPE, _VOCAB, _HIDDEN = torch.bfloat16, 64, 512
+
+
+def _small_decoder(device: torch.device, layers: int) -> Graph:
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=64, max_position_embeddings=64,
+        hidden_size=_HIDDEN, intermediate_size=3 * _HIDDEN, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=_VOCAB, max_position_embeddings=64,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # initial weights draw from the caller's generator
-        model = LlamaForCausalLM(config).to(device).eval()
+        model = LlamaForCausalLM(config).to(device, _DTYPE).eval()
     graph = capture(model)
     canonicalize(graph)
     graph.annotations["compile"] = False
     PlaceCache(cut="kv")(graph, Workload(), resolve_target("cpu"), force=True)
     return graph
+
+
+def _kernel_calls(graph: Graph, device: torch.device) -> Callable[[], None]:
+    """The program's linears in their order, and nothing else."""
+    linear = program_kernels(device).linear
+    weights = [w for w in graph.parameters.values() if w.dim() == 2 and w.shape[0] != _VOCAB]
+    inputs = {w.shape[1]: torch.ones(1, 1, w.shape[1], dtype=_DTYPE, device=device) for w in weights}
+
+    def run() -> None:
+        for weight in weights:
+            linear(inputs[weight.shape[1]], weight)
+
+    return run
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

@@ -35,7 +35,7 @@ class Row:
         fits: whether the workload fits the memory that may be used; None if the budget allows no plan.
         reason: why it does not fit, or what else stands against it; empty if nothing does.
         tokens_per_second: decoded, of all sequences together.
-        bound: what takes most of a decode step: ``memory``, ``compute`` or ``launch``.
+        bound: what takes most of a decode step: ``memory``, ``compute`` or ``launches``.
         seconds_per_token: one decode step at the workload's mean context.
         prefill_seconds: the prompt of every sequence.
         memory_bytes, limit_bytes: weights, cache and workspace, and what they may take.

@@ -112,7 +112,7 @@ def saved_seconds(
         config.eos_token_id = None
         fast = OptimizedModel(program, config=model.config, generation_config=config, speculation=speculation)
         started = time.perf_counter()
-        fast.generate(ids, max_new_tokens=tokens, do_sample=False)
+        fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
         return time.perf_counter() - started
 
     chosen = make_speculation(drafts.options())

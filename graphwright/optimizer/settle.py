@@ -18,6 +18,7 @@ from graphwright.optimizer import check, machine
 from graphwright.optimizer.build import Built, build, op_by_op
 from graphwright.optimizer.describe import chosen_plan, drafts_of, lossy_passes, without_speculation
 from graphwright.optimizer.planner import Candidate, Planned, Request, plan_given
+from graphwright.optimizer.quantities import duration
 from graphwright.optimizer.report import Decision, Status
 from graphwright.optimizer.settle_drafts import same_drafts, settle_drafts
 from graphwright.optimizer.settled import NOISE, Settled
@@ -110,14 +111,16 @@ def _try_rivals(
     prompts: Sequence[Sequence[int]],
 ) -> None:
     """Build what should beat the measured time if its prediction is right, and keep what does."""
-    first, before = settled.built, settled.measured["decode"]
+    first, before, tried = settled.built, settled.measured["decode"], 0
     for rival in _rivals(first.planned, settled.times):
+        if tried == _MOST_RIVALS:
+            break
         if rival.step_seconds >= (1 - NOISE) * settled.step_seconds:
-            break  # they come fastest first
+            continue
         planned = plan_given(graph.copy(), rival.passes, request)
         if planned.plan.memory_bytes > request.memory_limit:
             continue
-        other = build(model, planned)
+        other, tried = build(model, planned), tried + 1
         step = check.measure_decode(other.program, request.workload)
         settled.times[rival.passes] = step["seconds_per_token"]
         if step["seconds_per_token"] < (1 - NOISE) * settled.step_seconds:
@@ -132,15 +135,20 @@ def _try_rivals(
 def _rivals(planned: Planned, timed: Collection[tuple[str, ...]]) -> list[Candidate]:
     """Other plans without their drafts, by the predicted time of a plain step.
 
-    Losses were measured for the chosen plan: a rival loses nothing, or by the same passes.
+    Losses were measured for the chosen plan: a rival loses nothing, or by the same passes. What a
+    prediction has wrong it has wrong in every layer, so plans that differ in all of them come first.
     """
     own = lossy_passes(planned.plan.passes)
     found: dict[tuple[str, ...], Candidate] = {}
-    for other in sorted(planned.others, key=lambda c: c.step_seconds):
+    for other in sorted(planned.others, key=lambda c: (_is_mixed(c), c.step_seconds)):
         passes = without_speculation(other.passes)
         if passes not in timed and lossy_passes(passes) in ((), own):
             found.setdefault(passes, replace(other, passes=passes))
-    return list(found.values())[:_MOST_RIVALS]
+    return list(found.values())
+
+
+def _is_mixed(plan: Candidate) -> bool:
+    return any(parse_pass(p).layers for p in plan.passes)
 
 
 def _instead(old: Built, new: Built, rival: Candidate) -> Built:
@@ -172,7 +180,7 @@ def _exchanged(
     gone = [p for p in old.plan.passes if p not in new.plan.passes]
     come = [p for p in new.plan.passes if p not in old.plan.passes]
     saved = before["seconds_per_token"] - after["seconds_per_token"]
-    slow, fast = (f"{step['seconds_per_token'] * 1e3:.3g} ms a step" for step in (before, after))
+    slow, fast = (f"{duration(step['seconds_per_token'])} a step" for step in (before, after))
     undone = f"measured {slow} with it, {fast} {'with ' + ' and '.join(come) if come else 'without'}"
     applied = f"measured {fast} with it, {slow} {'with ' + ' and '.join(gone) if gone else 'without'}"
     return [

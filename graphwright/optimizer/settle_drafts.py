@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from graphwright.cost_model.graph_cost import graph_cost
+from graphwright.cost_model.prediction import predict
+from graphwright.cost_model.speculation import predict_speculation
 from graphwright.optimizer import check
 from graphwright.optimizer.describe import drafts_of, without_speculation
 from graphwright.optimizer.drafting import (
@@ -16,6 +20,7 @@ from graphwright.optimizer.drafting import (
     saved_seconds,
 )
 from graphwright.optimizer.planner import Request
+from graphwright.optimizer.quantities import duration
 from graphwright.optimizer.report import Decision, Status
 from graphwright.optimizer.settled import NOISE, Settled
 from graphwright.passes.base import parse_pass
@@ -87,7 +92,7 @@ def settle_drafts(
             "seconds_per_token": race.per_token,
             "speedup": race.plain / race.per_token,
         }
-    _draft_with(settled, chosen, race)
+    _draft_with(settled, request, chosen, race)
 
 
 def same_drafts(one: Speculate | None, other: Speculate | None) -> bool:
@@ -124,22 +129,35 @@ def _race(settled: Settled, request: Request, candidates: Sequence[Speculate]) -
 # --- what became of it ---------------------------------------------------------------------------
 
 
-def _draft_with(settled: Settled, chosen: Speculate | None, race: _Race) -> None:
+def _draft_with(settled: Settled, request: Request, chosen: Speculate | None, race: _Race) -> None:
     """Put the choice into the graph, the plan and its decisions."""
     planned, graph = settled.built.planned, settled.built.graph
     graph.annotations.pop("speculation", None)
     passes = without_speculation(planned.plan.passes)
-    per_token, best = race.plain, race.best if race.pays else None
+    best = race.best if race.pays else None
     if best is not None:
         best.apply(best.find(graph)[0], graph)
-        passes, per_token = (*passes, str(best)), race.per_token
+        passes = (*passes, str(best))
     # Lines about these drafts give way to what was measured of them.
     planned.decisions[:] = [
         d for d in planned.decisions if not (_is_about(d, chosen) or _is_about(d, best))
     ]  # fmt: skip
-    # The prediction of the plan stays the cost model's, with what drafts gave on top.
-    predicted = planned.predicted["decode"]["seconds_per_token"] * per_token / race.plain
-    planned.plan = replace(planned.plan, passes=passes, seconds_per_token=predicted)
+    if passes != planned.plan.passes or best is not None:
+        predicted = _predicted(settled, request, best)
+        planned.plan = replace(planned.plan, passes=passes, seconds_per_token=predicted)
+
+
+def _predicted(settled: Settled, request: Request, drafts: Speculate | None) -> float:
+    """What the cost model says of the program with these drafts, as it says it of the other plans."""
+    workload = request.workload
+    place: dict[str, Any] = {"batch": workload.batch, "context": workload.mean_context}
+    cost = graph_cost(settled.built.graph)
+    if drafts is None:
+        return predict(cost, request.target, **place, phase="decode").seconds
+    priced = predict_speculation(
+        cost, request.target, drafts.acceptance, drafts.tokens, **place, hit_rate=drafts.hit_rate
+    )
+    return priced["seconds_per_token"]
 
 
 def _is_about(decision: Decision, drafts: Speculate | None) -> bool:
@@ -154,16 +172,16 @@ def _undone(chosen: Speculate, race: _Race) -> Decision:
     took = race.of(chosen)
     shape = next((p.step_shape() for p in race.seconds if same_drafts(p, chosen)), chosen.step_shape())
     if race.pays:
-        against = f"{race.per_token * 1e3:.3g} ms with {race.best}"
+        against = f"{duration(race.per_token)} with {race.best}"
     else:
-        against = f"{race.plain * 1e3:.3g} ms without"
+        against = f"{duration(race.plain)} without"
     if race.generated and not race.pays:
-        found = f"generating with {race.best} takes {race.per_token * 1e3:.3g} ms a token"
+        found = f"generating with {race.best} takes {duration(race.per_token)} a token"
     elif shape.tokens in race.verify:
-        found = f"{shape.tokens_per_step:.2f} tokens a step take {took * 1e3:.3g} ms a token"
+        found = f"{shape.tokens_per_step:.2f} tokens a step take {duration(took)} a token"
     else:
         found = (
-            f"{shape.tokens_per_step:.2f} tokens a step are {took * 1e3:.3g} ms a token at least, "
+            f"{shape.tokens_per_step:.2f} tokens a step are {duration(took)} a token at least, "
             "if verifying costs no more than a plain step"
         )
     lost = {"seconds_per_token": took - (race.per_token if race.pays else race.plain)}
@@ -177,7 +195,7 @@ def _applied(race: _Race, on_prompts: bool) -> Decision:
     evidence = "on the caller's prompts" if on_prompts else "as reference prose accepts them, steps measured"
     reason = (
         f"{shape.tokens_per_step:.2f} tokens a step of {shape.tokens} {evidence}: "
-        f"{race.per_token * 1e3:.3g} ms a token, {race.plain * 1e3:.3g} ms without"
+        f"{duration(race.per_token)} a token, {duration(race.plain)} without"
     )
     saved = {"seconds_per_token": race.per_token - race.plain}
     return Decision(str(race.best), "", Status.APPLIED, reason, None, saved, race.best.fidelity)

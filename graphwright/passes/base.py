@@ -12,6 +12,7 @@ subclass writes four methods; the base owns verification, records and rollback:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import re
 from abc import ABC, abstractmethod
@@ -264,13 +265,19 @@ def register_pass(cls: P) -> P:
     return cls
 
 
+@functools.cache
+def _load_entry_points() -> None:
+    """Import the passes of other packages, once."""
+    for entry in importlib.metadata.entry_points(group="graphwright.passes"):
+        if entry.name not in _REGISTRY:
+            entry.load()
+
+
 def registered_passes() -> dict[str, type[Pass]]:
     """All passes by name, with those of other packages (entry points ``graphwright.passes``)."""
     import graphwright.passes  # noqa: F401  the package imports its own passes
 
-    for entry in importlib.metadata.entry_points(group="graphwright.passes"):
-        if entry.name not in _REGISTRY:
-            entry.load()
+    _load_entry_points()
     return dict(_REGISTRY)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from graphwright.cost_model.graph_cost import graph_cost
+from graphwright.cost_model.prediction import predict
 from graphwright.cost_model.target import Target
 from graphwright.cost_model.workload import Workload
 from graphwright.ir.graph import Graph, is_tensor, op_name
@@ -42,7 +44,8 @@ class CompileLayers(Pass):
         work = [n for n in graph.nodes if op_name(n) is not None and is_tensor(n)]
         calls = sum(1 for n in work if not any(word in (op_name(n) or "") for word in _FREE))
         kernels = sum(1 for n in work if op_name(n) in _KERNELS)
-        return [Site("program", (), {"calls": calls, "kernels": kernels})] if calls > kernels else []
+        info = {"calls": calls, "kernels": kernels, "graph": graph}
+        return [Site("program", (), info)] if calls > kernels else []
 
     def legal(self, site: Site) -> Verdict:
         return Verdict(
@@ -50,11 +53,13 @@ class CompileLayers(Pass):
         )
 
     def gain(self, site: Site, workload: Workload, target: Target) -> CostDelta:
-        # Fused arithmetic between two kernels is about one launch; uncompiled it is one a call.
-        saved = site.info["calls"] - 2 * site.info["kernels"]
-        return CostDelta(
-            -max(saved, 1) * target.launch_overhead, 0.0, f"saves about {max(saved, 1)} launches a step"
-        )
+        place: dict[str, Any] = {"batch": workload.batch, "context": workload.mean_context, "phase": "decode"}
+        steps = [
+            predict(graph_cost(site.info["graph"], fused=fused), target, **place) for fused in (False, True)
+        ]
+        before, after = steps
+        note = f"{before.launches:,.0f} launches a step become {after.launches:,.0f}"
+        return CostDelta(after.seconds - before.seconds, 0.0, note)
 
     def apply(self, site: Site, graph: Graph) -> None:
         graph.annotations["compile"] = True

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from graphwright.cost_model.memory import StoreSpec, default_stores
 from graphwright.ir.graph import Graph
 from graphwright.optimizer.planner.request import Request
 from graphwright.passes.base import Pass, SiteRecord, StepShape, registered_passes
@@ -106,12 +107,10 @@ def find_alternatives(graph: Graph, request: Request) -> Iterator[Alternative]:
             for chosen in cls.variants():
                 yield from extend(_applied(base.graph, base, chosen, request))
 
-    seen: set[tuple[str, ...]] = set()
+    seen: set[tuple[StoreSpec, ...]] = set()
     for chosen in first:
         for found in extend(_applied(graph, None, chosen, request)):
-            stores = tuple(
-                f"{n.meta['name']} {n.meta['val'].shape}" for n in found.graph.placeholders("state")
-            )
+            stores = tuple(default_stores(found.graph))
             # A cut that stores keys and values everywhere is no alternative to storing keys and values.
             if len(found.passes) == 1 and stores in seen:
                 yield _same_as_before(found)

@@ -238,7 +238,7 @@ def _excess(near: Selection, bounds: Bounds, reserved: float) -> str:
     parts = []
     if bounds.memory_bytes is not None and near.memory_bytes > bounds.memory_bytes:
         needed, allowed = (quantity("bytes", x + reserved) for x in (near.memory_bytes, bounds.memory_bytes))
-        parts.append(f"the closest needs {needed} of memory, the limit is {allowed}")
+        parts.append(f"the closest needs at least {needed} of memory, the limit is {allowed}")
     if bounds.seconds_per_token is not None and near.seconds_per_token > bounds.seconds_per_token:
         needed, allowed = duration(near.seconds_per_token), duration(bounds.seconds_per_token)
         parts.append(f"the closest takes {needed} a token, {allowed} are allowed")

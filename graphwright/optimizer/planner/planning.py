@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from graphwright.ir.errors import PassError
-from graphwright.ir.graph import Graph
+from graphwright.ir.graph import Graph, module_path
 from graphwright.optimizer.planner.menu import make_menu
 from graphwright.optimizer.planner.request import Plan, Planned, Request, to_decision
 from graphwright.optimizer.report import Decision
@@ -71,7 +71,7 @@ def _apply_all(graph: Graph, passes: Iterable[Pass], request: Request) -> tuple[
     """Apply passes in their order.
 
     Raises:
-        PassError: one of them applies nowhere.
+        PassError: one of them applies nowhere, or some layers are left without the cache that others have.
     """
     applied: list[str] = []
     decisions: list[Decision] = []
@@ -85,6 +85,13 @@ def _apply_all(graph: Graph, passes: Iterable[Pass], request: Request) -> tuple[
             )
         applied.append(str(chosen))
         decisions += map(to_decision, records)
+    if graph.placeholders("state") and (left := graph.calls("attention")):
+        raise PassError(
+            f"{len(left)} attentions have no cache, the first is {module_path(left[0]) or left[0].name}: "
+            "a step would not see their past",
+            where="passes",
+            hint="place a cache in every layer, or in none",
+        )
     return applied, decisions
 
 
