@@ -2,7 +2,8 @@
 
 Six workloads: a short chat, a long context, a batch of 8, retrieval with copying, a long generation, and
 tight memory. For each, ``optimize()`` chooses with a few calibration prompts; then its choice and the
-plans it kept beside it (the front and the runners-up) generate from other prompts, in turn. A plan's time
+plans it kept beside it (the front and the runners-up), and the drafts that it refused, generate from other
+prompts, in turn. A plan's time
 is that of ``generate()`` from the first new token to the last, per token; the regret is the choice's time
 over the best one's, minus 1.
 
@@ -29,6 +30,8 @@ from common import load_model, load_tokenizer, machine
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import graphwright as gw
+from graphwright.passes.base import parse_pass
+from graphwright.passes.speculate import Speculate
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,9 @@ def random_model() -> Any:
 
 
 def tight_budget(model: Any, scenario: Scenario) -> gw.Budget:
-    """Memory for the weights, the workspace and two thirds of the cache of keys and values."""
+    """A fifth less than the cache of keys and values would need, beside weights and workspace."""
     memory = gw.plan(model, "cpu", workload=scenario.workload).predicted["memory"]
-    return gw.Budget(memory=int(memory["total_bytes"] - memory["cache_bytes"] // 3))
+    return gw.Budget(memory=int(memory["total_bytes"] - memory["cache_bytes"] // 5))
 
 
 def seconds_per_token(fast: Any, scenario: Scenario, number: int) -> float:
@@ -176,25 +179,36 @@ def run(scenario: Scenario, models: dict[str, Any], rounds: int, most: int) -> l
     budget = tight_budget(model, scenario) if scenario.memory else None
     calibration = [scenario.prompts(number) for number in range(4)]
     chosen = gw.optimize(model, "cpu", workload=scenario.workload, budget=budget, calibration=calibration)
+    rows = [(row["passes"], row["predicted"]["seconds_per_token"]) for row in chosen.report.plans[: most + 1]]
+    rows += [(passes, float("nan")) for passes in _refused(rows)]
     outcomes, programs = [], []
-    for row in chosen.report.plans[: most + 1]:
-        is_chosen = row["status"] == "chosen"
-        outcomes.append(
-            Outcome(scenario.name, row["passes"], is_chosen, row["predicted"]["seconds_per_token"])
-        )
+    for index, (passes, predicted) in enumerate(rows):
+        outcomes.append(Outcome(scenario.name, passes, index == 0, predicted))
         programs.append(
-            chosen
-            if is_chosen
-            else gw.optimize(model, "cpu", workload=scenario.workload, passes=row["passes"])
+            gw.optimize(model, "cpu", workload=scenario.workload, passes=passes) if index else chosen
         )
-    if not any("speculate" in p for o in outcomes for p in o.passes):  # drafts were weighed and declined
-        drafts = [*outcomes[0].passes, "speculate{drafter=ngram,tokens=4}"]
-        outcomes.append(Outcome(scenario.name, drafts, False, float("nan")))
-        programs.append(gw.optimize(model, "cpu", workload=scenario.workload, passes=drafts))
     for number in range(rounds):
-        for outcome, fast in zip(outcomes, programs, strict=True):
+        order = list(zip(outcomes, programs, strict=True))
+        for outcome, fast in order[number % len(order) :] + order[: number % len(order)]:
             outcome.times.append(seconds_per_token(fast, scenario, number))
     return outcomes
+
+
+def _refused(rows: list[tuple[list[str], float]]) -> list[list[str]]:
+    """The chosen plan without drafts and with drafts of 2, 4 and 8, where the report's plans lack them."""
+    graph = [p for p in rows[0][0] if not p.startswith("speculate")]
+    known = {_drafts(passes) for passes, _ in rows if passes[: len(graph)] == graph}
+    return [
+        graph if not n else [*graph, f"speculate{{drafter=ngram,tokens={n}}}"]
+        for n in (0, 2, 4, 8)
+        if n not in known
+    ]
+
+
+def _drafts(passes: list[str]) -> int:
+    """Tokens in a plan's drafts; 0 without any."""
+    drafts = [p for p in map(parse_pass, passes) if isinstance(p, Speculate)]
+    return drafts[0].tokens if drafts else 0
 
 
 def show(outcomes: list[Outcome]) -> dict[str, Any]:

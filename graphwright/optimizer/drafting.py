@@ -17,10 +17,12 @@ from graphwright.runtime.speculation import Speculation, drafters, make_speculat
 from graphwright.runtime.speculation.acceptance import measure_drafts
 from graphwright.runtime.speculation.drafter import drafter_class
 
-#: Tokens that the program writes after each prompt, to see what drafts would have been accepted.
-CONTINUATION = 64
+#: Tokens that the program writes after each prompt at most, to see what drafts would have been accepted.
+CONTINUATION = 384
+# Writing stops after this long: a large model's text is judged by its beginning.
+_WRITING_SECONDS = 10.0
 _PROMPTS, _PROMPT_TOKENS = 4, 2048
-_CONFIRM_PROMPT = 1024
+_CONFIRM_PROMPT, _CONFIRM_TOKENS = 1024, 64
 
 Text = tuple[list[int], list[int]]
 
@@ -53,33 +55,41 @@ def measured_drafts(texts: Sequence[Text]) -> tuple[Speculate, ...]:
 def continue_prompts(
     program: Program, prompts: Sequence[Sequence[int]], tokens: int = CONTINUATION
 ) -> list[Text]:
-    """What the program itself writes after each prompt, greedily.
+    """What the program itself writes after each prompt, greedily, all of them in one batch.
 
     Args:
-        prompts: token ids; the first four, their last 2,048 tokens.
-        tokens: to write after each.
+        prompts: token ids; the first four, their last 2,048 tokens. Those that fill the model's positions
+            are left out.
+        tokens: to write after each, if the positions allow.
     """
-    written = []
-    for prompt in [list(p)[-_PROMPT_TOKENS:] for p in prompts[:_PROMPTS] if len(p)]:
-        room = tokens if program.max_positions is None else min(tokens, program.max_positions - len(prompt))
-        if room > 0:
-            written.append((prompt, _greedy(program, prompt, room)))
-    return written
+    most = program.max_positions
+    rows = [list(prompt)[-_PROMPT_TOKENS:] for prompt in prompts[:_PROMPTS]]
+    rows = [row for row in rows if row and (most is None or len(row) < most)]
+    if not rows:
+        return []
+    longest = max(map(len, rows))
+    room = tokens if most is None else min(tokens, most - longest)
+    return list(zip(rows, _greedy(program, rows, longest, room), strict=True))
 
 
-def _greedy(program: Program, prompt: list[int], tokens: int) -> list[int]:
-    state = program.allocate(1, len(prompt) + tokens)
-    one = torch.ones(1, dtype=torch.int64, device=program.device)
-    ids = torch.tensor([prompt], device=program.device)
-    logits = program.prefill(state, ids, one * len(prompt))
-    found: list[int] = []
-    for index in range(tokens):
+def _greedy(program: Program, rows: list[list[int]], longest: int, tokens: int) -> list[list[int]]:
+    """At most ``tokens`` more of each row."""
+    padded = torch.zeros((len(rows), longest), dtype=torch.int64, device=program.device)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row)
+    state = program.allocate(len(rows), longest + tokens)
+    counts = torch.tensor([len(row) for row in rows], device=program.device)
+    one = torch.ones_like(counts)
+    chosen = program.prefill(state, padded, counts).argmax(-1)
+    found = [chosen]
+    started = time.perf_counter()
+    while len(found) < tokens and time.perf_counter() - started < _WRITING_SECONDS:
+        logits = program.step(state, chosen[:, None], one, logits="last")[:, 0]
+        state.commit(one)
         chosen = logits.argmax(-1)
-        found.append(int(chosen))
-        if index + 1 < tokens:
-            logits = program.step(state, chosen[:, None], one, logits="last")[:, 0]
-            state.commit(one)
-    return found
+        found.append(chosen)
+    written: list[list[int]] = torch.stack(found, dim=1).tolist()
+    return written
 
 
 def measured_seconds(shape: StepShape, plain: float, verify: float, batch: int) -> float:
@@ -101,7 +111,7 @@ def saved_seconds(
     Both sides generate from the same prompts, greedily and without end tokens; what they share cancels.
     """
     rows = [list(prompts[index % len(prompts)])[-_CONFIRM_PROMPT:] for index in range(batch)]
-    width, tokens = min(map(len, rows)), CONTINUATION
+    width, tokens = min(map(len, rows)), _CONFIRM_TOKENS
     if program.max_positions is not None:  # room for what is generated, at the expense of a long prompt
         width = max(1, min(width, program.max_positions - tokens))
         tokens = min(tokens, program.max_positions - width)

@@ -14,6 +14,7 @@ from graphwright.cost_model.speculation import predict_speculation
 from graphwright.optimizer import check
 from graphwright.optimizer.describe import drafts_of, without_speculation
 from graphwright.optimizer.drafting import (
+    CONTINUATION,
     continue_prompts,
     measured_drafts,
     measured_seconds,
@@ -70,7 +71,7 @@ def settle_drafts(
     if not settled.built.graph.placeholders("state"):
         return
     chosen = drafts_of(settled.built.planned.plan.passes)
-    candidates = _candidates(settled, prompts, chosen)
+    candidates = _candidates(settled, request, prompts, chosen)
     if not candidates:
         return
     race = _race(settled, request, candidates)
@@ -101,10 +102,12 @@ def same_drafts(one: Speculate | None, other: Speculate | None) -> bool:
 
 
 def _candidates(
-    settled: Settled, prompts: Sequence[Sequence[int]], chosen: Speculate | None
+    settled: Settled, request: Request, prompts: Sequence[Sequence[int]], chosen: Speculate | None
 ) -> tuple[Speculate, ...]:
     """What to weigh: drafts as the program's own continuations accept them; else what the planner assumed."""
-    texts = continue_prompts(settled.built.program, prompts) if prompts else []
+    # As long as the workload's: what a model writes repeats itself more the longer it gets.
+    tokens = min(request.workload.generate, CONTINUATION)
+    texts = continue_prompts(settled.built.program, prompts, tokens) if prompts else []
     return measured_drafts(texts) or (() if chosen is None else (chosen,))
 
 

@@ -256,7 +256,7 @@ def continued(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], None]:
 
     def set_to(tokens: list[int]) -> None:
         monkeypatch.setattr(
-            settle_drafts, "continue_prompts", lambda _, prompts: [(list(p), tokens) for p in prompts]
+            settle_drafts, "continue_prompts", lambda _, prompts, __: [(list(p), tokens) for p in prompts]
         )
 
     return set_to
