@@ -23,11 +23,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from transformers import PreTrainedModel
 
+from graphwright.cost_model.host import cache_folder
 from graphwright.ir.canonicalize import CanonicalizationReport, NearMiss, canonicalize
 from graphwright.ir.errors import PlanError
 from graphwright.ir.graph import Graph
 from graphwright.ir.serialize import graph_from_json, graph_to_json
-from graphwright.optimizer import machine
 from graphwright.optimizer.capture import capture
 from graphwright.optimizer.fingerprint import fingerprint, tensor_digest
 
@@ -78,7 +78,7 @@ def cached_capture(
 
 def folder() -> Path:
     """Where the entries are."""
-    return machine.cache_root() / "graphs"
+    return cache_folder() / "graphs"
 
 
 def entry_path(key: str) -> Path:

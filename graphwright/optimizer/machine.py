@@ -15,26 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_dir
+
+from graphwright.cost_model.host import cache_folder, cpu_name
 
 _PROBE = (
     "import torch; x = torch.ones(64, 576, dtype=torch.bfloat16); "
     "torch.nn.functional.linear(x, torch.ones(576, 576, dtype=torch.bfloat16)).sum().item()"
 )
 _LIMIT = "ONEDNN_MAX_CPU_ISA"
-
-
-def cache_root() -> Path:
-    """Where graphwright keeps what it can make again: kernels, graphs, measurements."""
-    return Path(os.environ.get("GRAPHWRIGHT_CACHE_DIR") or user_cache_dir("graphwright"))
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    for line in _cpuinfo().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
@@ -72,7 +60,7 @@ def library_bfloat16_works() -> bool:
     if "amx_tile" not in _cpuinfo() or os.environ.get(_LIMIT):
         return True
     key = hashlib.sha256(f"{cpu_name()} {torch.__version__} {platform.release()}".encode()).hexdigest()[:16]
-    record = cache_root() / f"bfloat16-{key}.json"
+    record = cache_folder() / f"bfloat16-{key}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         return bool(json.loads(record.read_text())["works"])
     works = subprocess.run([sys.executable, "-c", _PROBE], check=False, capture_output=True).returncode == 0

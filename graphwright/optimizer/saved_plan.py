@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from graphwright.cost_model.host import cpu_name
 from graphwright.ir.errors import PlanError, VerificationError
 from graphwright.ir.graph import Graph
 from graphwright.ir.serialize import dumps, graph_from_json, graph_to_json
@@ -252,7 +253,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device.type, "arch": platform.machine()}
     if device.type == "cuda":
         return {**found, "accelerator": torch.cuda.get_device_name(device)}
-    return {**found, "cpu": machine.cpu_name(), "threads": torch.get_num_threads()}
+    return {**found, "cpu": cpu_name(), "threads": torch.get_num_threads()}
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def texts(llama: Any) -> list[list[int]]:
 def _world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A lossy pass, nothing measured yet, and a clock that says that every step is faster than predicted."""
     register_rounding(monkeypatch)
-    monkeypatch.setattr(store, "machine", SimpleNamespace(cache_root=lambda: tmp_path))
+    monkeypatch.setattr(store, "cache_folder", lambda: tmp_path)
     step = {"seconds_per_token": 1e-9, "tokens_per_second": 1e9, "context": 8.0, "cache_bytes": 0.0}
     monkeypatch.setattr(check, "measure_decode", lambda *_: dict(step))
     monkeypatch.setattr(check, "measure_stock", lambda *_: dict(step))

@@ -15,7 +15,7 @@ import torch
 from graphwright.ir.canonicalize import canonicalize
 from graphwright.ir.errors import PlanError
 from graphwright.ir.printer import to_python
-from graphwright.optimizer import graph_cache, machine
+from graphwright.optimizer import graph_cache, machine, saved_plan
 from graphwright.optimizer.capture import capture
 from graphwright.optimizer.fingerprint import fingerprint
 from graphwright.optimizer.graph_cache import cached_capture
@@ -221,7 +221,7 @@ def test_other_weights_of_the_same_model_fit(saved: Path) -> None:
 
 
 def test_a_plan_for_another_machine(saved: Path, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "cpu_name", lambda: "Another CPU")
+    monkeypatch.setattr(saved_plan, "cpu_name", lambda: "Another CPU")
     error = refused(lambda: load_plan(saved, llama))
     assert "another machine" in error.what and "now Another CPU" in error.what
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graphwright.optimizer import machine
+from graphwright.optimizer.quality import store
 from tests.quality.rounded_cache import Lab
 
 
@@ -20,6 +20,6 @@ def captured_lab() -> Lab:
 def lab(captured_lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Lab:
     """The captured model with nothing measured yet."""
     # Not the environment variable: the kernels that are built already stay in use.
-    monkeypatch.setattr(machine, "cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr(store, "cache_folder", lambda: tmp_path / "cache")
     captured_lab.lowered = 0
     return captured_lab

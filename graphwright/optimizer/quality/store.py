@@ -21,10 +21,10 @@ import torch
 from filelock import FileLock, Timeout
 
 import graphwright
+from graphwright.cost_model.host import cache_folder
 from graphwright.ir.errors import GraphwrightError
 from graphwright.ir.graph import Graph
 from graphwright.ir.serialize import graph_to_json
-from graphwright.optimizer import machine
 from graphwright.optimizer.graph_cache import replace_file
 
 _SCHEMA = "graphwright.sensitivities/1"
@@ -63,7 +63,7 @@ class SensitivityStore:
     """
 
     def __init__(self, key: str, folder: Path | None = None) -> None:
-        self.folder = folder or machine.cache_root() / "sensitivities"
+        self.folder = folder or cache_folder() / "sensitivities"
         self.path = self.folder / f"{key[:40]}.json"
 
     def read(self) -> dict[str, Sensitivity]:
