@@ -52,13 +52,13 @@ class Outcome:
     scenario: str
     passes: list[str]
     chosen: bool
-    predicted: float
+    predicted: float | None  # None: not among the report's plans
     times: list[float] = field(default_factory=list)
 
     @property
     def measured(self) -> float:
-        """The median over rounds."""
-        return statistics.median(self.times)
+        """The mean over rounds: each has prompts of its own, and all of them are the workload."""
+        return statistics.mean(self.times)
 
 
 class Watch:
@@ -180,7 +180,7 @@ def run(scenario: Scenario, models: dict[str, Any], rounds: int, most: int) -> l
     calibration = [scenario.prompts(number) for number in range(4)]
     chosen = gw.optimize(model, "cpu", workload=scenario.workload, budget=budget, calibration=calibration)
     rows = [(row["passes"], row["predicted"]["seconds_per_token"]) for row in chosen.report.plans[: most + 1]]
-    rows += [(passes, float("nan")) for passes in _refused(rows)]
+    rows += [(passes, None) for passes in _refused(rows)]
     outcomes, programs = [], []
     for index, (passes, predicted) in enumerate(rows):
         outcomes.append(Outcome(scenario.name, passes, index == 0, predicted))
@@ -219,14 +219,17 @@ def show(outcomes: list[Outcome]) -> dict[str, Any]:
     print(f"\n{choice.scenario}: regret {regret:.1%}")
     for o in sorted(outcomes, key=lambda o: o.measured):
         mark = ">" if o.chosen else " "
-        print(
-            f" {mark} {o.measured * 1e3:7.2f} ms (predicted {o.predicted * 1e3:6.2f})  {' '.join(o.passes)}"
-        )
+        print(f" {mark} {o.measured * 1e3:7.2f} ms (predicted {predicted(o)})  {' '.join(o.passes)}")
     return {
         "scenario": choice.scenario,
         "regret": regret,
         "plans": [{**asdict(o), "measured": o.measured} for o in outcomes],
     }
+
+
+def predicted(outcome: Outcome) -> str:
+    """The planner's figure, where it has one."""
+    return "     -" if outcome.predicted is None else f"{outcome.predicted * 1e3:6.2f}"
 
 
 def parse() -> argparse.Namespace:
