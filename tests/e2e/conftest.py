@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+import torch._dynamo
 
+from graphwright.optimizer import backend
 from graphwright.runtime.model import OptimizedModel
 from tests.e2e.fake_program import ReferenceProgram, tiny_model
 
@@ -49,3 +52,24 @@ def make_fast(request: pytest.FixtureRequest, compiled: dict[int, Any]) -> Calla
         return OptimizedModel(program, config=config, generation_config=generation, **options)
 
     return make
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """dynamo without what it compiled before, and nothing left of this test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def op_by_op(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The graphs that would have gone to Inductor; they run as they are."""
+    handed: list[torch.fx.GraphModule] = []
+
+    def run_as_is(gm: torch.fx.GraphModule, example_inputs: list[Any], patches: dict[str, Any]) -> Any:
+        handed.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(backend, "_inductor", run_as_is)
+    return handed
