@@ -70,9 +70,7 @@ class Step:
     def __init__(self, program: Any, case: Case) -> None:
         self.program, self.case = program, case
         self.state = program.allocate(case.batch, case.context + case.tokens)
-        for store in self.state.stores.values():
-            store.fill_(1)  # pages that were never written are all one page, which stays in a cache
-        self.state.lengths.fill_(case.context)
+        self.state.pretend(case.context)
         self.tokens = torch.zeros((case.batch, case.tokens), dtype=torch.int64)
         self.counts = torch.full((case.batch,), case.tokens)
 

@@ -17,6 +17,10 @@ os.environ.setdefault("GRAPHWRIGHT_CACHE_DIR", str(ROOT / ".cache" / "tests"))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Without a GPU Triton's kernels run on the CPU; what compiles them does so in processes of its own.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -29,12 +33,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` need a GPU."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked ``gpu`` need a GPU, those of Triton's interpreter the interpreter: one of them at a time.
+
+    ``GRAPHWRIGHT_GPU_TESTS=cpu`` rehearses the former in the interpreter.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    on_gpu = torch.cuda.is_available() and not interpreted
+    rehearsed = interpreted and os.environ.get("GRAPHWRIGHT_GPU_TESTS") == "cpu"
+    reason = "the interpreter is on: TRITON_INTERPRET=0" if torch.cuda.is_available() else "torch sees no GPU"
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+            if not (on_gpu or rehearsed):
+                item.add_marker(pytest.mark.skip(reason=reason))
+        elif not interpreted and item.path.name.startswith("test_triton_"):
+            item.add_marker(pytest.mark.skip(reason="runs in Triton's interpreter: TRITON_INTERPRET=1"))
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,7 @@ def graph_cost(graph: Graph, *, fused: bool | None = None) -> GraphCost:
     shapes = Shapes(graph)
     head = find_head(graph)
     regions = _Regions(graph, fused=graph.annotations.get("compile", True) if fused is None else fused)
-    joined = _joined(graph)
+    joined = _joined(graph) | shapes.streaming.joined
     memo: dict[Any, Cost] = {}
     by_node: dict[Node, Cost] = {}
     groups: dict[Node, str] = {}
@@ -183,7 +183,12 @@ def _signature(node: Node) -> Any:
     def describe(value: Any) -> Any:
         if isinstance(value, Node):
             held = source(value).meta
-            about = (held.get("kind"), held.get("window"), held.get("store", {}).get("recent"))
+            packing = held.get("store", {})
+            about = (
+                held.get("kind"),
+                held.get("window"),
+                *(packing.get(k) for k in ("recent", "codec", "page")),
+            )
             return (*about, tuple((str(t.shape), t.dtype) for t in tensors(value)))
         if isinstance(value, (list, tuple)):
             return tuple(describe(item) for item in value)

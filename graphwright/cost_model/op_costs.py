@@ -189,6 +189,14 @@ def _append_attention(call: Call) -> Cost:
     return appended + attend(call, "keys", "values") - Cost(launches=1)
 
 
+@cost_of("rotary_append")
+def _rotary_append(call: Call) -> Cost:
+    """Append in the launch that rotates queries and keys: two products and a sum an element."""
+    appended = append(call, ("k", "v"), slot_bytes(call, call.val("keys"), call.val("values")))
+    flops = 3 * (call.numel("q") + call.numel("k"))
+    return appended + Cost({call.dtype("q"): flops}, call.reads("q", "cos", "sin"), call.writes())
+
+
 @cost_of("slot_positions", fusible=True, eager=4)
 def _slot_positions(call: Call) -> Cost:
     """Integer arithmetic on numbers that are at hand."""

@@ -2,6 +2,8 @@
 
 A kernel decodes as it attends: it reads the packed bytes once, and a few operations for each value
 (:data:`KERNEL_OPS`) come on top of attention's; rotations turn the query and the result, not the cache.
+How many launches that takes, and whether pages are packed by a kernel, depends on the family of kernels
+(:class:`graphwright.cost_model.streaming.StoreKernels`).
 The reference decodes tile by tile instead: its arithmetic is counted by running it on one page
 (:mod:`graphwright.cost_model.codec_work`), and every tile of every row starts its kernels anew.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -26,7 +29,6 @@ from graphwright.cost_model.op_costs import (
     slot_bytes,
 )
 from graphwright.cost_model.shapes import Call
-from graphwright.cost_model.streaming import kernel_decodes
 from graphwright.ir.codecs import PageShape, parse_codec
 from graphwright.ir.graph import argument
 from graphwright.ir.packed_ops import TILE, page_shape
@@ -136,14 +138,16 @@ def _cache_read(call: Call) -> Cost:
 @cost_of("cache_attention")
 def _cache_attention(call: Call) -> Cost:
     """Over stores as they are, or over what is streamed, which its reads have been charged for."""
+    kernels = call.shapes.streaming.kernels
     if not call.streams:
-        return attend(call, "keys", "values")
+        combining = kernels.attention_launches - 1 if kernels else 0
+        return attend(call, "keys", "values") + Cost(launches=combining)
     cost = attention_arithmetic(call, call.shape("values")[3])
     if not call.in_kernel:
         return cost + Cost(launches=tiles(call.arg("window")) * ATTEND_KERNELS - 1)
     reads = [call.arg(name) for name in ("keys", "values")]
     stores = [_Store.of(*(argument(read, name) for name in ("store", "codec", "page"))) for read in reads]
-    return cost + _turning(call, stores)
+    return cost + _around_kernel(call, stores)
 
 
 @cost_of("packed_attention")
@@ -153,25 +157,41 @@ def _packed_attention(call: Call) -> Cost:
         _Store.of(call.arg(f"{name}s"), call.arg(f"{name}_codec"), call.arg(f"{name}_page"))
         for name in ("key", "value")
     ]
-    in_kernel = all(kernel_decodes(store.codec) for store in stores)
+    kernels = call.shapes.streaming.kernels
+    in_kernel = kernels is not None and kernels.supports(**_deciding(call)) is None
     reading = Cost.sum(store.reading(in_kernel) for store in stores)
     cost = reading + attention_arithmetic(call, sympy.Integer(stores[1].shape.features))
     if in_kernel:
-        return cost + _turning(call, stores)
+        return cost + _around_kernel(call, stores)
     return cost + Cost(launches=tiles(call.arg("window")) * ATTEND_KERNELS - 1)
 
 
-def _turning(call: Call, stores: Sequence[_Store]) -> Cost:
-    """Rotations of the queries, and of the results instead of the values."""
+def _deciding(call: Call) -> dict[str, Any]:
+    """What decides whether a kernel runs a ``packed_attention``."""
+    given: dict[str, Any] = {"q": call.val("q")}
+    for name in ("key", "value"):
+        given[f"{name}s"] = [node.meta["val"] for node in call.arg(f"{name}s")]
+        given |= {f"{name}_{word}": call.arg(f"{name}_{word}") for word in ("codec", "page")}
+    return given
+
+
+def _around_kernel(call: Call, stores: Sequence[_Store]) -> Cost:
+    """Rotations of the queries, and of the results instead of the values; launches beyond the first."""
+    kernels = call.shapes.streaming.kernels
+    assert kernels is not None
     heads = call.shape("q")[1]
-    return Cost({"float32": B * T * heads * sum(store.turning() for store in stores)})
+    launches = kernels.attention_launches - 1
+    if any(part.orthogonal for part in parse_codec(stores[0].codec).transforms):
+        launches += kernels.turning_launches
+    return Cost({"float32": B * T * heads * sum(store.turning() for store in stores)}, launches=launches)
 
 
 @cost_of("cache_append")
 def _cache_append(call: Call) -> Cost:
     """Writing T new tokens; of a packed store, into the tail, and packing each page once it is full.
 
-    Pages are packed by the reference, in one call for all that are complete after a step.
+    Pages are packed by a kernel in one launch, or by the reference; either in one call for all that are
+    complete after a step.
     """
     full = slot_bytes(call, call.val("store"))
     cost = append(call, ("new",), full)
@@ -180,6 +200,9 @@ def _cache_append(call: Call) -> Cost:
         return cost
     shape = page_shape(call.val("store"), about["page"])
     encoding = codec_work(about["codec"], shape)[0]
+    kernels = call.shapes.streaming.kernels
+    if kernels is not None and kernels.packs(about["codec"], shape):
+        encoding = Work(encoding.flops, 0.0, 1)  # what passes between its steps stays in registers
     page_bytes = sympy.Rational(parse_codec(about["codec"]).page_bytes(shape), about["page"])
     pages = Cost(read={CACHE: B * T * full}, written={CACHE: B * T * page_bytes})
     calls = sympy.Min(1, T / about["page"])

@@ -3,18 +3,75 @@
 An attention over two packed stores is one kernel where there is one for their codecs. Otherwise, and where
 keys and values are computed from what is stored, the reference runs decode, computation and attention
 tile by tile (:func:`graphwright.ir.packed_ops.stream_attention`).
+
+Which kernels there are depends on where a graph will run: ``annotations["decode_kernels"]`` names a family
+of them, and whoever knows the family describes it here (:func:`register_store_kernels`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx.node import Node
 
+from graphwright.ir.codecs import PageShape
 from graphwright.ir.codecs.fusible import fusion_obstacle
+from graphwright.ir.errors import InputError
 from graphwright.ir.graph import Graph, argument, op_name
+
+
+@dataclass(frozen=True)
+class StoreKernels:
+    """A family of kernels for caches, as prices see it.
+
+    Attributes:
+        supports: called with arguments of ``packed_attention`` by name (``q``, ``keys``, ``values`` as fake
+            tensors, codecs and pages); None if one kernel runs it, else why not.
+        packs: whether pages of a codec and shape are packed in one launch.
+        attention_launches: of an attention over a cache, packed or not.
+        turning_launches: for orthogonal maps of packed keys, by which queries are turned.
+        joins_rotary: whether the launch that rotates queries and keys also appends keys and values.
+    """
+
+    supports: Callable[..., str | None]
+    packs: Callable[[str, PageShape], bool] = lambda codec, shape: False
+    attention_launches: int = 1
+    turning_launches: int = 0
+    joins_rotary: bool = False
+
+
+def _cpp_supports(key_codec: str, value_codec: str, **_: Any) -> str | None:
+    return fusion_obstacle(key_codec) or fusion_obstacle(value_codec)
+
+
+#: By name; ``cpp`` is what graphs run with that do not say otherwise.
+_FAMILIES = {"cpp": StoreKernels(_cpp_supports)}
+
+
+def register_store_kernels(name: str, kernels: StoreKernels) -> None:
+    """Make a family known by the name that ``annotations["decode_kernels"]`` gives it."""
+    _FAMILIES[name] = kernels
+
+
+def store_kernels(graph: Graph) -> StoreKernels | None:
+    """The family that a graph will run with; None where there is none (the annotation is False).
+
+    Raises:
+        InputError: no family of that name.
+    """
+    name = graph.annotations.get("decode_kernels", "cpp")
+    if name is False:
+        return None
+    if name not in _FAMILIES:
+        raise InputError(
+            f"there are no kernels {name!r} for packed stores",
+            where='annotations["decode_kernels"]',
+            hint=f"known: {', '.join(_FAMILIES)}, or False for none",
+        )
+    return _FAMILIES[name]
 
 
 @dataclass(frozen=True)
@@ -25,24 +82,28 @@ class Streaming:
         runs: of each streamed node, how many attentions run it for themselves.
         in_kernel: reads and attentions that are one kernel.
         attentions: all attentions that read a packed store, in a kernel or not.
+        obstacles: of attentions over two packed stores that are no kernel, why not.
+        joined: appends to packed stores that are part of a launch that counts already.
+        kernels: the family that the graph will run with.
     """
 
     runs: Mapping[Node, int] = field(default_factory=dict)
     in_kernel: frozenset[Node] = frozenset()
     attentions: frozenset[Node] = frozenset()
+    obstacles: Mapping[Node, str] = field(default_factory=dict)
+    joined: frozenset[Node] = frozenset()
+    kernels: StoreKernels | None = None
 
 
 def find_streaming(graph: Graph) -> Streaming:
-    """The nodes of a graph, not lowered yet, that will run tile by tile.
-
-    ``annotations["decode_kernels"]`` set to False says that where the graph will run there are no kernels
-    for packed stores.
-    """
+    """The nodes of a graph, not lowered yet, that will run tile by tile."""
+    kernels = store_kernels(graph)
     if not graph.calls("cache_read"):
-        return Streaming()
-    allowed = graph.annotations.get("decode_kernels", True)
+        return Streaming(kernels=kernels)
     runs: Counter[Node] = Counter()
     in_kernel: set[Node] = set()
+    joined: set[Node] = set()
+    obstacles: dict[Node, str] = {}
     attentions: set[Node] = set()
     for attention in graph.calls("cache_attention"):
         ends = [argument(attention, "keys"), argument(attention, "values")]
@@ -51,10 +112,41 @@ def find_streaming(graph: Graph) -> Streaming:
             continue
         runs.update(inside)
         attentions.add(attention)
-        direct = all(op_name(end) == "cache_read" for end in ends)
-        if allowed and direct and all(kernel_decodes(argument(end, "codec")) for end in ends):
+        if not all(op_name(end) == "cache_read" for end in ends):
+            continue
+        joined.update(_joined_appends(attention, ends, kernels))
+        reason = (
+            "there are no kernels" if kernels is None else kernels.supports(**_as_packed(attention, ends))
+        )
+        if reason is None:
             in_kernel.update((attention, *ends))
-    return Streaming(dict(runs), frozenset(in_kernel), frozenset(attentions))
+        else:
+            obstacles[attention] = reason
+    return Streaming(
+        dict(runs), frozenset(in_kernel), frozenset(attentions), obstacles, frozenset(joined), kernels
+    )
+
+
+def _as_packed(attention: Node, reads: list[Node]) -> dict[str, Any]:
+    """What decides of ``packed_attention``'s arguments whether a kernel runs it."""
+    given: dict[str, Any] = {"q": argument(attention, "q").meta["val"]}
+    for name, read in zip(("key", "value"), reads, strict=True):
+        given[f"{name}s"] = [node.meta["val"] for node in argument(read, "store")]
+        given[f"{name}_codec"], given[f"{name}_page"] = argument(read, "codec"), argument(read, "page")
+    return given
+
+
+def _joined_appends(attention: Node, reads: list[Node], kernels: StoreKernels | None) -> list[Node]:
+    """The appends of both stores, if they are part of the launch that rotates queries and keys."""
+    if kernels is None or not kernels.joins_rotary:
+        return []
+    tails = [argument(read, "store")[1] for read in reads]
+    appends = [[user for user in tail.users if op_name(user) == "cache_append"] for tail in tails]
+    if tails[0] is tails[1] or any(len(found) != 1 for found in appends):
+        return []
+    (keys,), (values,) = appends
+    rotated = (argument(attention, "q"), argument(keys, "new"))
+    return [keys, values] if all(op_name(node) == "rotary" for node in rotated) else []
 
 
 def _inside(ends: list[Node]) -> set[Node]:
@@ -81,5 +173,5 @@ def _is_source(node: Node) -> bool:
 
 
 def kernel_decodes(codec: str) -> bool:
-    """Whether the kernels of ``packed_attention`` decode a codec, given as text."""
+    """Whether the C++ kernels of ``packed_attention`` decode a codec, given as text."""
     return fusion_obstacle(codec) is None

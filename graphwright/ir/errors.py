@@ -57,6 +57,10 @@ class CapacityError(GraphwrightError):
     """A sequence does not fit the cache or the model's positions."""
 
 
+class OutOfMemoryError(GraphwrightError, MemoryError):
+    """Memory ran out while a program ran; what the call held is free again."""
+
+
 class PlanError(GraphwrightError):
     """A saved plan is damaged, or was made for another model, shape or machine."""
 

@@ -431,6 +431,38 @@ def append_attention(
 
 
 @semantic_op(
+    "rotary_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
+    "Tensor lengths, Tensor counts, str layout='half') -> Tensor",
+    fake=lambda q, *rest, **kw: torch.empty_like(q, memory_format=torch.contiguous_format),
+)
+def rotary_append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    counts: torch.Tensor,
+    layout: str = "half",
+) -> torch.Tensor:
+    """:func:`rotary` of queries and keys, then :func:`cache_append` of keys and values, in one launch.
+
+    Args:
+        q: ``[B, H, T, D]``; k: ``[B, G, T, D]``; v: ``[B, G, T, E]``.
+        cos, sin, layout: as in :func:`rotary`.
+        keys, values, lengths, counts: as in :func:`append_attention`.
+
+    Returns:
+        The rotated queries, of padding rows too.
+    """
+    cache_append(keys, rotary(k, cos, sin, layout), lengths, counts)
+    cache_append(values, v, lengths, counts)
+    return rotary(q, cos, sin, layout)
+
+
+@semantic_op(
     "slot_positions(Tensor lengths, Tensor counts, SymInt slots) -> Tensor",
     fake=lambda lengths, counts, slots: lengths.new_empty((lengths.shape[0], slots)),
 )

@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -36,11 +38,13 @@ class Provider:
         name: how users ask for it; its torch ops are in the namespace ``graphwright_<name>``.
         devices: device types that it serves, e.g. ``("cpu",)``.
         available: gives ``(ok, reason)``; called before a kernel is first chosen; must not raise. May build.
+        on_request: device types that it serves too, slowly: only where it is asked for by name.
     """
 
     name: str
     devices: tuple[str, ...]
     available: Callable[[], tuple[bool, str]]
+    on_request: tuple[str, ...] = ()
 
     @property
     def namespace(self) -> str:
@@ -57,12 +61,14 @@ class Implementation:
         provider: the provider's name.
         supports: gives None when the kernel takes the arguments, else the reason why not.
         load: gives the ``OpOverload`` that goes into graphs; only called when the provider is available.
+        body: the Python body behind it; None for a compiled library's.
     """
 
     op_name: str
     provider: str
     supports: Supports
     load: Callable[[], torch._ops.OpOverload]
+    body: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,15 +92,19 @@ class Kernel:
         return self.op(*args, **kwargs)
 
 
+_ASSUMED: ContextVar[frozenset[str]] = ContextVar("graphwright_assumed_providers", default=frozenset())
 _PROVIDERS: dict[str, Provider] = {}
 _IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
 
 
 def register_provider(
-    name: str, devices: Sequence[str], available: Callable[[], tuple[bool, str]]
+    name: str,
+    devices: Sequence[str],
+    available: Callable[[], tuple[bool, str]],
+    on_request: Sequence[str] = (),
 ) -> Provider:
-    """Make a family of kernels known; the order of registration is the order of preference."""
-    provider = Provider(name, tuple(devices), available)
+    """Make a family of kernels known; families are preferred in the order of their names."""
+    provider = Provider(name, tuple(devices), available, tuple(on_request))
     _PROVIDERS[name] = provider
     return provider
 
@@ -194,7 +204,8 @@ def implements(
                 where=getattr(body, "__qualname__", repr(body)),
                 hint="give the parameters the names and defaults of graphwright/ir/ops.py",
             )
-        _add(op_name, provider, supports, _define(op_name, _provider(provider).namespace, body))
+        load = _define(op_name, _provider(provider).namespace, body)
+        _add(Implementation(op_name, provider, supports, load, body))
         return body
 
     return register
@@ -218,11 +229,11 @@ def implements_compiled(op_name: str, provider: str, supports: Supports) -> None
         torch.library.register_fake(f"{namespace}::{op_name}", _fake(op_name), lib=_library(namespace))
         return op
 
-    _add(op_name, provider, supports, load)
+    _add(Implementation(op_name, provider, supports, load))
 
 
-def _add(op_name: str, provider: str, supports: Supports, load: Callable[[], torch._ops.OpOverload]) -> None:
-    _IMPLEMENTATIONS[op_name, provider] = Implementation(op_name, provider, supports, load)
+def _add(implementation: Implementation) -> None:
+    _IMPLEMENTATIONS[implementation.op_name, implementation.provider] = implementation
 
 
 @cache
@@ -243,7 +254,7 @@ def _provider(name: str) -> Provider:
 def providers() -> tuple[Provider, ...]:
     """All providers, in order of preference."""
     _discover()
-    return tuple(_PROVIDERS.values())
+    return tuple(_PROVIDERS[name] for name in sorted(_PROVIDERS))
 
 
 def kernels(op_name: str | None = None) -> tuple[Implementation, ...]:
@@ -263,18 +274,32 @@ def _arguments(op_name: str, given: dict[str, Any]) -> dict[str, Any]:
     return {**filled, **given}
 
 
-def _refusal(provider: Provider, op_name: str, device: torch.device, arguments: dict[str, Any]) -> str | None:
+def _refusal(
+    provider: Provider, op_name: str, device: torch.device, arguments: dict[str, Any], by_name: bool
+) -> str | None:
     """Why a provider cannot run an op, or None when it can."""
     implementation = _IMPLEMENTATIONS.get((op_name, provider.name))
     if implementation is None:
         return f"it has no kernel for {op_name}"
-    if device.type not in provider.devices:
+    if device.type not in provider.devices + (provider.on_request if by_name else ()):
         return f"it does not serve {device.type}"
     reason = implementation.supports(**arguments)
     if reason is not None:
         return reason
+    if provider.name in _ASSUMED.get():
+        return None
     ok, why = provider.available()
     return None if ok else why
+
+
+@contextmanager
+def assuming_available(*names: str) -> Iterator[None]:
+    """Inside, these providers are chosen as if their device were here: for planning what runs elsewhere."""
+    token = _ASSUMED.set(_ASSUMED.get() | set(names))
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
 
 
 def select(
@@ -288,7 +313,7 @@ def select(
     Args:
         op_name: the semantic op.
         device: where it will run.
-        providers: names in order of preference; the default is all of them, as registered. A provider that
+        providers: names in order of preference; the default is all of them, by name. A provider that
             is named and cannot run the op is passed over with its reason; ``"reference"`` ends the search.
         fake_args: the op's arguments by name; tensors may be fake. Missing ones take their default.
 
@@ -305,7 +330,7 @@ def select(
     device = torch.device(device)
     asked = [providers] if isinstance(providers, str) else None if providers is None else list(providers)
     passed_over: list[str] = []
-    for name in [*_PROVIDERS] if asked is None else asked:
+    for name in sorted(_PROVIDERS) if asked is None else asked:
         if name == REFERENCE:
             passed_over.append("reference: asked for by name")
             break
@@ -316,7 +341,7 @@ def select(
                 f"provider {name!r} has no kernel for {op_name}",
                 hint=f"providers that have one: {', '.join(have)}",
             )
-        refusal = _refusal(provider, op_name, device, arguments)
+        refusal = _refusal(provider, op_name, device, arguments, asked is not None)
         if refusal is None:
             chosen = _IMPLEMENTATIONS[op_name, name].load()
             reason = "; ".join([*passed_over, f"{name}: first that takes these arguments"])

@@ -98,7 +98,7 @@ def launch_seconds(device: torch.device, layers: int = 6, runs: int = 40) -> flo
     step = lower(graph, device, LoweringOptions(compile=False))
     program = Program(step, config=None, device=device, dtype=_DTYPE, vocab_size=_VOCAB, max_positions=64)
     state = program.allocate(1, 32)
-    state.lengths.fill_(8)
+    state.pretend(8)
     tokens = torch.zeros((1, 1), dtype=torch.int64, device=device)
     counts = torch.ones(1, dtype=torch.int64, device=device)
     launches = graph_cost(graph).cost("decode").at(batch=1, context=8).launches

@@ -138,17 +138,21 @@ def _steps(program: Program, ids: torch.Tensor):  # type: ignore[no-untyped-def]
 
 
 def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Median of a few runs after one that warms up; stops early where a run is slow."""
+    """Median of a few runs after those that warm up; stops early where a run is slow.
+
+    On a GPU two runs warm up: the first compiles kernels, the second records the step as a graph.
+    """
     times: list[float] = []
-    for index in range(_REPEATS + 1):
+    warm = 2 if device.type == "cuda" else 1
+    for index in range(_REPEATS + warm):
         started = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         elapsed = time.perf_counter() - started
-        if index:
+        if index >= warm:
             times.append(elapsed)
-        if elapsed * (index + 2) > _SECONDS:
+        if index + 1 >= warm and elapsed * (index + 2) > _SECONDS:
             times = times or [elapsed]
             break
     return statistics.median(times)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from graphwright.optimizer.build import (
     speculation_of,
 )
 from graphwright.optimizer.calibration import machine_target
+from graphwright.optimizer.compiled_kernels import CompiledKernels, compile_kernels
 from graphwright.optimizer.describe import chosen_plan, describe
 from graphwright.optimizer.drafting import measured_drafts
 from graphwright.optimizer.graph_cache import cached_capture
@@ -34,6 +36,7 @@ from graphwright.optimizer.quality import calibration_text
 from graphwright.optimizer.quality.samples import StoreSamples
 from graphwright.optimizer.report import Decision, Report, Status
 from graphwright.optimizer.settle import Settled, keep, settle, undo_compilation
+from graphwright.optimizer.tuning import tune_program
 from graphwright.optimizer.validate import check_model, check_target_device
 from graphwright.passes.base import Pass, parse_pass
 from graphwright.runtime.speculation.acceptance import halves
@@ -84,11 +87,14 @@ def optimize(
         build_kernels(model.device)
     with progress.step("planning and lowering"):
         built, decisions = job.plan_and_build() if given is None else job.build_given(given)
+    with progress.step("tuning kernels, once"):
+        tune_program(built.program, job.request.workload)
     with progress.step("checking against the stock model"):
         measured = job.check(built)
     with progress.step("measuring the plan"):
         settled = job.settle(built, measured) if given is None else job.measure(built, measured)
-    report = write_report(job, settled, measured, notes, decisions)
+    compiled = compile_kernels(model, settled.built.graph, job.request, progress)
+    report = write_report(job, settled, measured, notes, decisions, compiled)
     report.measured["seconds"] = {key: round(took, 3) for key, took in progress.seconds.items()}
     return OptimizedModel(
         settled.built.program,
@@ -99,6 +105,7 @@ def optimize(
         report=report,
         graph=settled.built.graph,
         stock=model,
+        compiled=compiled,
     )
 
 
@@ -210,7 +217,9 @@ class Job:
         return {"quality": {**quality, **built.quality}, **({"stock": stock} if stock is not None else {})}
 
     def settle(self, built: Built, measured: Mapping[str, Any]) -> Settled:
-        """Measure the plan and its rivals; the fastest stays."""
+        """Measure the plan and its rivals; the fastest stays. A plan for another machine is only timed."""
+        if check_target_device(self.model, self.request.target) is not None:
+            return keep(built, self.request)
         stock = measured.get("stock", {}).get("seconds_per_token")
         return settle(self.model, self.graph, built, self.request, self.prompts, stock)
 
@@ -223,7 +232,12 @@ class Job:
 
 
 def write_report(
-    job: Job, settled: Settled, measured: Mapping[str, Any], notes: list[str], decisions: list[Decision]
+    job: Job,
+    settled: Settled,
+    measured: Mapping[str, Any],
+    notes: list[str],
+    decisions: list[Decision],
+    compiled: CompiledKernels | None = None,
 ) -> Report:
     """Everything that was decided, predicted and measured."""
     built = settled.built
@@ -239,6 +253,9 @@ def write_report(
         "weights_bytes": weights_bytes(built.graph),
         "prepared_bytes": built.program.lowered.prepared_bytes,
     }
+    if compiled is not None:
+        report.compiled = compiled.to_report()
+        report.decisions += compiled.decisions()
     if "stock" in measured:
         stock = measured["stock"]["seconds_per_token"]
         report.measured["speedup"] = {"ratio": stock / settled.seconds_per_token}
@@ -250,7 +267,12 @@ def _notes(job: Job, settled: Settled, measured: Mapping[str, Any]) -> list[Deci
     found = []
     elsewhere = check_target_device(job.model, job.request.target)
     if elsewhere is not None:
+        warnings.warn(f"graphwright: {elsewhere}", stacklevel=4)
         found.append(Decision("lower", "", Status.FALLBACK, elsewhere, None, None, "exact"))
+    graphs_off = settled.built.program.graphs_off
+    if graphs_off is not None:
+        reason = f"steps are not recorded as graphs: {graphs_off}"
+        found.append(Decision("graphs", "", Status.FALLBACK, reason, None, None, "exact"))
     if "stock" not in measured:
         reason = "the library's bfloat16 products crash on this machine, so stock was not timed"
         return [*found, Decision("check", "", Status.FALLBACK, reason, None, None, "exact")]

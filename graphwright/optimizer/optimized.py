@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from graphwright.ir.graph import Graph
+from graphwright.optimizer.compiled_kernels import CompiledKernels
 from graphwright.optimizer.planner import Plan
 from graphwright.optimizer.report import Report
 from graphwright.runtime import model as runtime
@@ -33,6 +34,7 @@ class OptimizedModel(runtime.OptimizedModel):
         plan: the passes that were applied, and what for.
         graph: the rewritten graph.
         stock: the model that it was made from; it owns the weights.
+        compiled: kernels for the target, if it is another machine's GPU; None else.
     """
 
     program: Program
@@ -48,12 +50,14 @@ class OptimizedModel(runtime.OptimizedModel):
         report: Report,
         graph: Graph,
         stock: PreTrainedModel,
+        compiled: CompiledKernels | None = None,
     ) -> None:
         super().__init__(program, config=config, generation_config=generation_config, speculation=speculation)
         self.plan = plan
         self.graph = graph
         self._report = report
         self.stock = stock
+        self.compiled = compiled
 
     @property
     def report(self) -> Report:
@@ -86,7 +90,7 @@ class OptimizedModel(runtime.OptimizedModel):
         return {**kinds, **parts, "total": sum(kinds.values())}
 
     def save(self, directory: str | Path) -> None:
-        """Write the plan, the graph and the report; ``graphwright.load(directory, model)`` reads them.
+        """Write the plan, the graph, the report and compiled kernels for ``graphwright.load``.
 
         Raises:
             PlanError: the directory exists and is not a saved plan.

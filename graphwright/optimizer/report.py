@@ -80,6 +80,8 @@ class Report:
         ops: how many of each semantic op the canonical graph holds.
         near_misses: sites that almost matched a semantic op, and what was in the way.
         kernels: ``{"op", "provider", "reason"}``, one for each op that was lowered.
+        compiled: kernels compiled for a target that is not here: ``target``, ``arch``, ``triton`` (its
+            version), ``note`` (what is missing, and why) and ``kernels``; empty on the target itself.
         speculation: statistics of the drafts, or None without speculation.
         costs: by phase (``decode``, ``verify``, ``prefill``), what :meth:`cost` prints: ``expression``
             (strings in B, C and T), ``at`` (batch, context, tokens) and ``value`` (numbers).
@@ -103,6 +105,7 @@ class Report:
     ops: dict[str, int] = field(default_factory=dict)
     near_misses: list[str] = field(default_factory=list)
     kernels: list[dict[str, str]] = field(default_factory=list)
+    compiled: dict[str, Any] = field(default_factory=dict)
     speculation: dict[str, Any] | None = None
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     plans: list[dict[str, Any]] = field(default_factory=list)
@@ -218,6 +221,24 @@ _CROSSOVER: dict[str, Any] = {
     "value": NUMBER,
     "note": str,
 }
+_COMPILED: dict[str, Any] = {
+    "target?": str,
+    "arch?": str,
+    "triton?": str,
+    "note?": str,
+    "kernels?": [
+        {
+            "label": str,
+            "ops": str,
+            "registers": NUMBER,
+            "spill_bytes": NUMBER,
+            "shared_bytes": NUMBER,
+            "num_warps": NUMBER,
+            "binary_bytes": NUMBER,
+            "error": str,
+        }
+    ],
+}
 #: What ``report.schema.json`` says, for readers without a JSON Schema validator.
 _SHAPE: dict[str, Any] = {
     "schema": str,
@@ -235,6 +256,7 @@ _SHAPE: dict[str, Any] = {
     "code_after": str,
     "versions": dict,
     # Documents from before these fields existed lack them.
+    "compiled?": _COMPILED,
     "costs?": {"*": _COST},
     "plans?": [_PLAN],
     "curves?": _CURVES,

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 from graphwright.optimizer.quantities import clean, label, quantity
 from graphwright.optimizer.report import Status
 from graphwright.optimizer.report_rows import (
+    COMPILED_COLUMNS,
     PlanRow,
     Row,
     bound_lines,
     comparison_rows,
+    compiled_rows,
+    compiled_title,
     crossover_lines,
     flatten,
     group_decisions,
@@ -94,6 +97,8 @@ def _sections(report: Report) -> Iterator[Markup]:
         yield _section("Speculation", _facts(dict(flatten(report.speculation))))
     if report.kernels:
         yield _section("Kernels", _kernels(report))
+    if title := compiled_title(report):
+        yield _section(title, _compiled(report))
     if report.ops or report.near_misses:
         yield _section("What was found in the model", _found(report))
     if report.code_before or report.code_after:
@@ -243,6 +248,15 @@ def _kernels(report: Report) -> Markup:
         for op, provider, reason, count in kernel_counts(report)
     )
     return _table(names, rows, "wide")
+
+
+def _compiled(report: Report) -> Markup:
+    """Kernels for another machine, and the reason where there are none."""
+    rows, note = compiled_rows(report), report.compiled.get("note", "")
+    said = element("p", note) if note else Markup("")
+    if not rows:
+        return said
+    return join([said, _table(COMPILED_COLUMNS, (_cells(COMPILED_COLUMNS, row) for row in rows), "wide")])
 
 
 def _facts(facts: dict[str, object]) -> Markup:

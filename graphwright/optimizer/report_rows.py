@@ -222,6 +222,31 @@ def kernel_counts(report: Report) -> list[tuple[str, str, str, int]]:
     return [(*key, count) for key, count in counts.items()]
 
 
+#: The columns of the kernels compiled for another machine.
+COMPILED_COLUMNS = ("kernel", "for", "registers", "spilled", "shared", "warps", "binary")
+
+
+def compiled_title(report: Report) -> str:
+    """``Kernels compiled for h100 (sm_90, Triton 3.9.0)``; empty where there is nothing to say."""
+    about = report.compiled
+    if not about:
+        return ""
+    by = f", Triton {clean(about['triton'])}" if about.get("triton") else ""
+    return f"Kernels compiled for {clean(about.get('target', ''))} ({clean(about.get('arch', ''))}{by})"
+
+
+def compiled_rows(report: Report) -> list[tuple[str, ...]]:
+    """The kernels compiled for another machine, a row each; one that failed says why."""
+    rows: list[tuple[str, ...]] = []
+    for kernel in report.compiled.get("kernels", ()):
+        name, ops, error = (clean(kernel[key]) for key in ("label", "ops", "error"))
+        sizes = [quantity(key, kernel[key]) for key in ("spill_bytes", "shared_bytes", "binary_bytes")]
+        counts = [count(kernel[key]) for key in ("registers", "num_warps")]
+        numbers = (counts[0], sizes[0], sizes[1], counts[1], sizes[2])
+        rows.append((name, f"{ops}: {error}" if error else ops, *numbers))
+    return rows
+
+
 def timing_line(report: Report) -> str:
     """How long optimizing took, in all and by step; empty if it was not measured."""
     seconds = {k: v for k, v in (report.measured.get("seconds") or {}).items() if number(v) is not None}

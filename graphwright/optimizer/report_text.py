@@ -15,10 +15,13 @@ from rich.text import Text
 from graphwright.optimizer.quantities import clean, label, quantity
 from graphwright.optimizer.report import Decision, Status
 from graphwright.optimizer.report_rows import (
+    COMPILED_COLUMNS,
     PlanRow,
     Row,
     bound_lines,
     comparison_rows,
+    compiled_rows,
+    compiled_title,
     crossover_lines,
     flatten,
     group_decisions,
@@ -83,6 +86,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield _facts("Speculation", report.speculation)
     if report.kernels:
         yield _kernels(report)
+    if title := compiled_title(report):
+        yield _compiled(report, title)
     yield from _footer(report)
 
 
@@ -170,6 +175,24 @@ def _kernels(report: Report) -> Table:
     for op, provider, reason, count in kernel_counts(report):
         table.add_row(Text(clean(op)), Text(clean(provider)), str(count), Text(clean(reason)))
     return table
+
+
+def _compiled(report: Report, title: str) -> RenderableType:
+    """Kernels for another machine, and the reason where there are none."""
+    note = Text(clean(report.compiled.get("note", "")))
+    rows = compiled_rows(report)
+    if not rows:
+        return Group(Text(title, style="bold"), note, Text(""))
+    table = _table(title)
+    table.padding = (0, 1, 0, 0)
+    for index, name in enumerate(COMPILED_COLUMNS):
+        if index < 2:
+            table.add_column(name, ratio=3, overflow="fold")
+        else:
+            table.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return Group(table, note) if note else table
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> RenderableType:

@@ -2,7 +2,8 @@
 
 ``plan.json`` says what was decided, for which model and on which machine, with a checksum; beside it
 are ``graph.json`` (so that loading neither captures nor searches), ``report.json`` and, if the graph
-has tensors that the model does not own, ``constants.safetensors``. The weights are never stored. An exact
+has tensors that the model does not own, ``constants.safetensors``, and in ``kernels/`` what was compiled for
+the target (:mod:`graphwright.optimizer.saved_kernels`). The weights are never stored. An exact
 plan fits every checkpoint of the same architecture and dtype. A lossy one fits the weights that its loss
 was measured with, and one with tables that passes computed from weights fits those: both keep a digest.
 """
@@ -13,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from graphwright.cost_model.host import cpu_name
+from graphwright.cost_model.target import match_device
 from graphwright.ir.errors import PlanError, VerificationError
 from graphwright.ir.graph import Graph
 from graphwright.ir.serialize import dumps, graph_from_json, graph_to_json
@@ -38,6 +41,7 @@ from graphwright.optimizer.weights import weights_digest
 SCHEMA = "graphwright.plan/1"
 PLAN, GRAPH, REPORT, CONSTANTS = "plan.json", "graph.json", "report.json", "constants.safetensors"
 _FILES = frozenset({PLAN, GRAPH, REPORT, CONSTANTS})
+_KERNELS = re.compile(r"kernels/[A-Za-z0-9_]+\.[a-z]+")
 _AGAIN = "optimize the model again, and save the result to another folder"
 # What a plan must say; saving adds the rest.
 _DECIDED = {"passes": list, "target": str, "workload": dict, "budget": dict}
@@ -65,6 +69,7 @@ class SavedPlan:
         report_json: the report as :meth:`Report.to_json` wrote it.
         graph_data: the rewritten graph, see :mod:`graphwright.ir.serialize`; None if none was saved.
         constants: what ``constants.safetensors`` does not say about its tensors.
+        kernels: files of compiled kernels by path.
     """
 
     directory: Path
@@ -80,6 +85,7 @@ class SavedPlan:
     report_json: str = field(repr=False)
     graph_data: dict[str, Any] | None = field(repr=False)
     constants: dict[str, Any] = field(repr=False)
+    kernels: dict[str, bytes] = field(repr=False)
 
     def graph(self, model: PreTrainedModel) -> Graph | None:
         """The rewritten graph over the tensors of ``model``, verified; None if none was saved.
@@ -110,6 +116,7 @@ def save_plan(
     plan: Mapping[str, Any],
     report_json: str,
     graph: Graph | None,
+    kernels: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a plan: all of it, or nothing.
 
@@ -119,6 +126,7 @@ def save_plan(
         plan: ``passes``, ``target``, ``workload`` and ``budget``, and any further plain data.
         report_json: the report.
         graph: the rewritten graph.
+        kernels: files of compiled kernels by path.
 
     Raises:
         PlanError: the directory holds something else, or the plan is not plain data.
@@ -128,7 +136,7 @@ def save_plan(
         if not isinstance(plan.get(key), kind):
             raise PlanError(f"the plan has no {key}", where="save", hint=f"{key} is a {kind.__name__}")
     _check_place(directory)
-    files = {REPORT: report_json.encode()}
+    files = {REPORT: report_json.encode(), **(kernels or {})}
     constants: dict[str, Any] = {}
     owned = model_tensors(model)
     bound = bool(lossy_passes(plan["passes"]))
@@ -192,6 +200,7 @@ def read_plan(directory: str | Path) -> SavedPlan:
         report_json=contents[REPORT].decode("utf-8"),
         graph_data=graph_data,
         constants=document["constants"],
+        kernels={name: content for name, content in contents.items() if _KERNELS.fullmatch(name)},
     )
 
 
@@ -209,7 +218,7 @@ def check_plan(plan: SavedPlan, model: PreTrainedModel, target: str | None = Non
     own = {
         "target": plan.target if target is None else target,
         "model": describe_model(model),
-        "machine": describe_machine(model.device),
+        "machine": plan.machine if _is_target(plan, model.device) else describe_machine(model.device),
         "versions": {name: now[name] for name in _VERSIONS},
     }
     versions = {name: plan.versions.get(name) for name in _VERSIONS}
@@ -234,6 +243,15 @@ def check_plan(plan: SavedPlan, model: PreTrainedModel, target: str | None = Non
         where=str(plan.directory),
         hint=hint,
     )
+
+
+def _is_target(plan: SavedPlan, device: torch.device) -> bool:
+    """Whether a device is the one that a plan was made for, on another machine."""
+    if device.type != "cuda":
+        return False
+    found = torch.cuda.get_device_properties(device)
+    target = match_device(found.name, found.total_memory)
+    return target is not None and target.name == plan.target
 
 
 def _check_weights(plan: SavedPlan, model: PreTrainedModel) -> None:
@@ -311,7 +329,7 @@ def _read_document(directory: Path) -> dict[str, Any]:
 
 def _read_file(directory: Path, name: str, digest: str) -> bytes:
     path = directory / name
-    if name not in _FILES:
+    if name not in _FILES and not _KERNELS.fullmatch(name):
         raise _damaged(directory / PLAN, f"it names a file {name!r}")
     try:
         content = path.read_bytes()
@@ -347,9 +365,9 @@ def _check_place(directory: Path) -> None:
     if not directory.exists() and not directory.is_symlink():
         return
     found = {path.name for path in directory.iterdir()} if directory.is_dir() else {directory.name}
-    if directory.is_dir() and (not found or (PLAN in found and found <= _FILES)):
+    if directory.is_dir() and (not found or (PLAN in found and found <= {*_FILES, "kernels"})):
         return
-    others = ", ".join(sorted(found - _FILES)[:4]) or "files of another program"
+    others = ", ".join(sorted(found - _FILES - {"kernels"})[:4]) or "files of another program"
     raise PlanError(
         f"the folder is not a saved plan and is left as it is: it holds {others}",
         where=str(directory),
@@ -366,6 +384,7 @@ def _write_folder(directory: Path, files: Mapping[str, bytes]) -> None:
     try:
         fresh.mkdir()
         for name, content in files.items():
+            (fresh / name).parent.mkdir(exist_ok=True)
             (fresh / name).write_bytes(content)
         if directory.exists():
             directory.rename(old)

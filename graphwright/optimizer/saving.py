@@ -14,12 +14,13 @@ from graphwright.optimizer.optimized import OptimizedModel
 from graphwright.optimizer.planner import Plan
 from graphwright.optimizer.progress import Progress
 from graphwright.optimizer.report import Report
+from graphwright.optimizer.saved_kernels import install_kernels, kernel_files
 from graphwright.optimizer.saved_plan import SavedPlan, load_plan, save_plan
 from graphwright.optimizer.validate import check_model
 
 
 def save(fast: OptimizedModel, directory: Path) -> None:
-    """Write the plan, the rewritten graph and the report of a program."""
+    """Write the plan, the rewritten graph, the report and the compiled kernels of a program."""
     plan = fast.plan
     save_plan(
         directory,
@@ -36,13 +37,15 @@ def save(fast: OptimizedModel, directory: Path) -> None:
         },
         report_json=fast.report.to_json(),
         graph=fast.graph,
+        kernels=kernel_files(fast.compiled),
     )
 
 
 def load(directory: str | Path, model: PreTrainedModel) -> OptimizedModel:
     """A program that :meth:`OptimizedModel.save` wrote, over the weights of ``model``.
 
-    Neither captures nor searches; Inductor's cache on disk holds what was compiled.
+    Neither captures nor searches; Inductor's cache on disk holds what was compiled. Kernels that were saved
+    go into Triton's cache, where the target finds them.
 
     Args:
         directory: what was saved.
@@ -65,10 +68,11 @@ def load(directory: str | Path, model: PreTrainedModel) -> OptimizedModel:
             )
     with progress.step("building the C++ kernels, once"):
         build_kernels(model.device)
+    fallbacks = install_kernels(saved.kernels, str(directory))
     with progress.step("lowering"):
-        step, fallbacks = lower_planned(graph, model.device)
+        step, more = lower_planned(graph, model.device)
     report = Report.from_json(saved.report_json, where=str(directory))
-    report.decisions += fallbacks
+    report.decisions += [*fallbacks, *more]
     report.measured["seconds"] = {key: round(took, 3) for key, took in progress.seconds.items()}
     return OptimizedModel(
         make_program(model, graph, step),

@@ -2,7 +2,8 @@
 
 ``GenerationMixin.generate`` merges the configuration, builds logits processors and stopping criteria,
 expands the batch and warns; its public preparation is used as it is. The decoding itself, stock's
-``_sample``, is replaced by :class:`graphwright.runtime.decoding.loop.DecodeLoop`.
+``_sample``, is replaced by :class:`graphwright.runtime.decoding.loop.DecodeLoop`, or where the device runs
+ahead by :class:`graphwright.runtime.decoding.device_loop.DeviceLoop`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,33 @@ from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from graphwright.ir.errors import GraphwrightError, InputError, UnsupportedGenerationError
+from graphwright.runtime.decoding.device_loop import make_loop
 from graphwright.runtime.decoding.inputs import check_capacity, check_ids, check_mask, check_position_ids
 from graphwright.runtime.decoding.lock import ProgramLock
-from graphwright.runtime.decoding.loop import DecodeLoop
+from graphwright.runtime.decoding.memory import is_out_of_memory, out_of_memory
 from graphwright.runtime.decoding.protocol import DecodingProgram
 from graphwright.runtime.decoding.refusals import check_arguments, check_config, check_leftovers
-from graphwright.runtime.decoding.request import make_request
+from graphwright.runtime.decoding.request import Request, make_request
+from graphwright.runtime.decoding.transcript import Transcript
 from graphwright.runtime.speculation import Speculation
 from graphwright.runtime.speculation.stats import GenerationStats
 
 _KNOWN_MODEL_ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "logits_to_keep"})
+
+
+def _run(
+    program: DecodingProgram, request: Request, speculation: Speculation | None
+) -> tuple[Transcript, GenerationStats]:
+    """Decode; when memory runs out, nothing that the call held stays alive."""
+    loop = make_loop(program, request, speculation)
+    try:
+        return loop.run(), loop.stats
+    except Exception as error:
+        # An error of the caller's own streamer or criterion passes through as it is.
+        if loop.transcript.calling or not is_out_of_memory(error):
+            raise
+        del loop
+        raise out_of_memory(error, program, "generate") from None
 
 
 class ProgramGeneration(GenerationMixin):
@@ -72,6 +90,7 @@ class ProgramGeneration(GenerationMixin):
             UnsupportedGenerationError: an option that is refused, by name (beam search, assistants, ...).
             InputError: unusable ids, mask or option.
             CapacityError: prompt and new tokens do not fit the model's positions or the program's cache.
+            OutOfMemoryError: memory ran out; what the call held is free again.
             ProgramBusyError: called from inside a call of the same program.
         """
         named = {
@@ -173,11 +192,10 @@ class ProgramGeneration(GenerationMixin):
         )
         longest = max(len(prompt) for prompt in request.prompts)
         check_capacity(longest, request.max_new_tokens, self.program.max_positions, self.capacity, "generate")
-        loop = DecodeLoop(self.program, request, self.speculation)
         self._decoding = True
-        transcript = loop.run()
-        self._last = loop.stats
-        self._total.add(loop.stats)
+        transcript, stats = _run(self.program, request, self.speculation)
+        self._last = stats
+        self._total.add(stats)
         if streamer is not None:
             streamer.end()
         sequences = transcript.sequences()

@@ -7,15 +7,31 @@ copy of its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
 from graphwright.ir.codecs import Codec, PageShape
 from graphwright.ir.packed_ops import PackedStore, page_count, tail_slots
+from graphwright.runtime.transfers import upload
 
 Tensors = dict[str, torch.Tensor]
+
+
+@cache
+def page_kernel(codec: str, shape: PageShape, device: str) -> Callable[..., None] | None:
+    """What packs such pages in one launch on a kind of device; None where the reference does."""
+    if device != "cuda":
+        return None
+    from graphwright.kernels import triton
+
+    if not triton.available()[0]:
+        return None
+    from graphwright.kernels.triton.encode import encode_obstacle, encode_pages
+
+    return encode_pages if encode_obstacle(codec, shape) is None else None
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,11 @@ class PackedLayout:
         """Tokens of a page."""
         return self.shape.tokens
 
+    @property
+    def pace(self) -> tuple[int, int, int]:
+        """Stores of one pace pack their pages at the same lengths."""
+        return self.page, self.first, self.recent
+
     def pages(self, slots: int) -> int:
         """Pages of a row that may hold ``slots`` tokens."""
         return page_count(slots, self.page, self.first, self.window)
@@ -74,11 +95,17 @@ class PackedLayout:
 
     # --- packing ---------------------------------------------------------------------------------
 
-    def pack(self, stores: Tensors, lengths: Sequence[int]) -> None:
-        """Pack every page that is complete at these committed lengths."""
+    def pack(self, stores: Tensors, lengths: Sequence[int], packed: Sequence[int] | None = None) -> None:
+        """Pack every page that is complete at these committed lengths.
+
+        Args:
+            lengths: ``[B]`` committed tokens.
+            packed: ``[B]`` what the tensor ``packed`` holds; without it, it is read from the device.
+        """
         store = self.store(stores)
         todo = []
-        for row, (length, done) in enumerate(zip(lengths, store.packed.tolist(), strict=True)):
+        held = store.packed.tolist() if packed is None else packed
+        for row, (length, done) in enumerate(zip(lengths, held, strict=True)):
             target = self.packable(length)
             if target <= done:
                 continue
@@ -95,8 +122,13 @@ class PackedLayout:
     def _encode(self, store: PackedStore, todo: Sequence[tuple[int, int]]) -> None:
         """Pages of (row, first token), encoded together."""
         device = store.tail.device
-        rows = torch.tensor([row for row, _ in todo], device=device)
-        starts = torch.tensor([start for _, start in todo], device=device)
+        rows = upload([row for row, _ in todo], device)
+        starts = upload([start for _, start in todo], device)
+        kernel = page_kernel(str(self.codec), self.shape, device.type)
+        if kernel is not None:
+            tensors = [store.packed, store.tail, store.first, *store.buffers]
+            kernel(tensors, store.constants, str(self.codec), self.page, rows, starts)
+            return
         slots = (starts[:, None] + torch.arange(self.page, device=device)) % store.tail.shape[2]
         pages = store.tail.transpose(1, 2)[rows[:, None], slots].transpose(1, 2)  # [n, G, P, D]
         encoded = self.codec.encode(pages, self.constants)
@@ -119,16 +151,28 @@ class PackedLayout:
             store.tail[row][:, numbers % store.tail.shape[2]] = tokens
             store.packed[row] = kept
 
-    def resize_tail(self, stores: Tensors, lengths: Sequence[int], step_tokens: int) -> None:
-        """Give the tail room for steps of so many tokens; committed tokens move."""
+    def resize_tail(
+        self,
+        stores: Tensors,
+        lengths: Sequence[int],
+        step_tokens: int,
+        *,
+        packed: Sequence[int],
+        into: torch.Tensor | None = None,
+    ) -> None:
+        """Give the tail room for steps of so many tokens; committed tokens move.
+
+        Args:
+            lengths: ``[B]`` committed tokens.
+            packed: ``[B]`` those that are in pages.
+            into: the tail to move to; without it, a fresh one of zeros.
+        """
         tail = stores[self.roles["tail"]]
         size = self.tail(step_tokens)
         if tail.shape[2] == size:
             return
-        fresh = tail.new_zeros((*tail.shape[:2], size, tail.shape[3]))
-        for row, (length, done) in enumerate(
-            zip(lengths, stores[self.roles["packed"]].tolist(), strict=True)
-        ):
-            numbers = torch.arange(done, length, device=tail.device)
+        fresh = tail.new_zeros((*tail.shape[:2], size, tail.shape[3])) if into is None else into
+        for row, (length, start) in enumerate(zip(lengths, packed, strict=True)):
+            numbers = torch.arange(start, length, device=tail.device)
             fresh[row][:, numbers % size] = tail[row][:, numbers % tail.shape[2]]
         stores[self.roles["tail"]] = fresh

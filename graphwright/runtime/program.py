@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.fx.node import Node
 
-from graphwright.ir.errors import CapacityError
+from graphwright.ir.errors import CapacityError, InputError
 from graphwright.ir.graph import is_appended, value
 from graphwright.ir.packed_ops import page_count, tail_slots
+from graphwright.runtime.graphs import CudaGraphs, GraphBackend, StepGraphs, StepInputs, why_not_captured
 from graphwright.runtime.lowering.lower import LoweredStep
+from graphwright.runtime.speculation.tree import MAX_TREE_TOKENS
+from graphwright.runtime.state_pool import StatePool
 from graphwright.runtime.storage import MAX_STEP_TOKENS, PREFILL_CHUNK, State, slots_for, window_slack
 
 Logits = Literal["last", "all"]
@@ -29,6 +34,12 @@ class Program:
         dtype: dtype of the logits.
         vocab_size: V.
         max_positions: most tokens of a sequence, or None if the model has no limit.
+        graphs: records decode steps and replays them, where it is enabled for the device.
+
+    Attributes:
+        runs_ahead: a step is queued on the device, and the host need not wait for it.
+        graphs_off: why steps are not recorded on a device where they could be; None if they are, or if
+            the device has no such thing.
 
     Logits of a row do not depend on the other rows, nor on how many tokens the step has.
     """
@@ -44,6 +55,7 @@ class Program:
         dtype: torch.dtype,
         vocab_size: int,
         max_positions: int | None,
+        graphs: GraphBackend | None = None,
     ) -> None:
         self.lowered = step
         self.config, self.device, self.dtype = config, device, dtype
@@ -55,6 +67,14 @@ class Program:
         slacks = [window_slack(w) for w in self._windows.values() if w]
         self._chunk = min([PREFILL_CHUNK, *slacks])
         self._alive: weakref.WeakSet[State] = weakref.WeakSet()
+        self.runs_ahead = device.type == "cuda"
+        self.graphs_off: str | None = None
+        self._graphs: GraphBackend | None = None
+        graphs = CudaGraphs() if graphs is None else graphs
+        if graphs.enabled(device):
+            self.graphs_off = why_not_captured(bool(step.states), step.kernels)
+            self._graphs = graphs if self.graphs_off is None else None
+        self._pool = StatePool(max_positions)
 
     # --- the cache -------------------------------------------------------------------------------
 
@@ -64,7 +84,8 @@ class Program:
             name: _allocate(node, batch, capacity, self.device)
             for name, node in self.lowered.state_nodes.items()
         }
-        state = State(stores, self._windows, batch, capacity, self.device, self.lowered.packed)
+        fixed = self._graphs is not None
+        state = State(stores, self._windows, batch, capacity, self.device, self.lowered.packed, fixed)
         if not stores:
             history = torch.zeros((batch, 1, capacity, 1), dtype=torch.int64, device=self.device)
             state.stores["input_ids"] = history
@@ -72,8 +93,26 @@ class Program:
         self._alive.add(state)
         return state
 
+    def borrow(self, batch: int, capacity: int) -> State:
+        """An empty cache for one call, to be given back: one with captured steps if there is one.
+
+        It may hold more than ``capacity`` tokens a row.
+        """
+        if self._graphs is None:
+            return self.allocate(batch, capacity)
+        return self._pool.borrow(batch, capacity, self.allocate)
+
+    def give_back(self, state: State) -> None:
+        """The end of a call that borrowed ``state``, in whatever condition it is."""
+        if self._graphs is not None:
+            self._pool.give_back(state)
+
+    def free_idle(self) -> bool:
+        """Let go of the caches that are kept for later calls; whether there were any."""
+        return self._pool.clear()
+
     def cache_bytes(self) -> int:
-        """Bytes of all caches that are alive."""
+        """Bytes of all caches that are alive, those kept for later calls included."""
         return sum(state.nbytes() for state in self._alive)
 
     def cache_parts(self) -> dict[str, int]:
@@ -111,41 +150,85 @@ class Program:
 
         Raises:
             CapacityError: the cache is too small; nothing was written.
+            InputError: a tree of more tokens than its mask has bits.
         """
-        self._check_room(state, counts)
-        state.make_room(tokens.shape[1])
+        width = tokens.shape[1]
+        if tree is not None and width > MAX_TREE_TOKENS:
+            raise InputError(
+                f"a step with a tree takes at most {MAX_TREE_TOKENS} tokens a row, the last committed one "
+                f"included; this one has {width}",
+                where="Program.step",
+                hint="verify smaller trees, or leave tree out for a chain",
+            )
+        self._check_room(state, counts, width)
+        state.make_room(width)
+        given = StepInputs(tokens, counts, depth, tree, logits == "last")
+        if self._graphs is not None and state.takes_short_steps and width <= MAX_STEP_TOKENS:
+            return self._graphs_of(state).step(given)
         if not self.lowered.states:
-            return self._run_whole(state, tokens, counts, logits)
-        positions = self._positions(state.lengths, counts, tokens.shape[1], depth)
-        chain = tree if tree is not None else torch.empty_like(positions[:, :0])
-        values = list(self.lowered.slots)
-        named = {
-            "input_ids": tokens.contiguous(),
-            "positions": positions,
-            "lengths": state.lengths,
-            "counts": counts,
-            "tree": chain,
-        }
-        for name, slot in self.lowered.inputs.items():
-            values[slot] = named[name]
-        for name, slot in self.lowered.states.items():
-            values[slot] = state.stores[name]
-        rows = (counts - 1).clamp_(min=0)[:, None] if logits == "last" and tokens.shape[1] > 1 else None
-        return self._run(values, rows)
+            return self._run_whole(state, given)
+        return self._run_step(state.stores, state.lengths, given)
+
+    @torch.no_grad()
+    def step_eagerly(self, state: State, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """:meth:`step` of a chain without a graph, all logits: for timing kernels one by one."""
+        self._check_room(state, counts, tokens.shape[1])
+        return self._run_step(state.stores, state.lengths, StepInputs(tokens, counts, None, None, False))
 
     @torch.no_grad()
     def prefill(self, state: State, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Run and commit right-padded prompts ``[B, T]``; logits ``[B, V]`` of each row's last token."""
         result: torch.Tensor | None = None
+        wanted: list[int] = counts.tolist()
         for start in range(0, tokens.shape[1], self._chunk):
             chunk = tokens[:, start : start + self._chunk]
-            valid = (counts - start).clamp(0, chunk.shape[1])
-            logits = self.step(state, chunk, valid, logits="last")[:, 0]
+            width = chunk.shape[1]
+            valid = (counts - start).clamp(0, width)
+            self._check_room(state, valid, width)
+            state.make_room(width)
+            given = StepInputs(chunk, valid, None, None, True)
+            if self.lowered.states:
+                logits = self._run_step(state.stores, state.lengths, given)[:, 0]
+            else:
+                logits = self._run_whole(state, given)[:, 0]
             result = logits if result is None else torch.where((valid > 0)[:, None], logits, result)
-            state.commit(valid)
+            state.commit(valid, [min(max(count - start, 0), width) for count in wanted])
         assert result is not None, "a prompt has at least one token"
         state.shrink()
         return result
+
+    def _graphs_of(self, state: State) -> StepGraphs:
+        if state.graphs is None:
+            assert self._graphs is not None
+            run = partial(self._run_step, state.stores, state.lengths)
+            state.graphs = StepGraphs(self._graphs, run, self.device, self._stop_capturing)
+        graphs: StepGraphs = state.graphs
+        return graphs
+
+    def _stop_capturing(self, reason: str) -> None:
+        self.graphs_off, self._graphs = reason, None
+        self._pool.clear()
+
+    def _run_step(
+        self, stores: dict[str, torch.Tensor], lengths: torch.Tensor, given: StepInputs
+    ) -> torch.Tensor:
+        """Run a step over these tensors; reads no contents on the host and can be repeated."""
+        tokens, counts, tree = given.tokens, given.counts, given.tree
+        positions = self._positions(lengths, tokens.shape[1], given.depth)
+        values = list(self.lowered.slots)
+        named = {
+            "input_ids": tokens.contiguous(),
+            "positions": positions,
+            "lengths": lengths,
+            "counts": counts,
+            "tree": tree if tree is not None else torch.empty_like(positions[:, :0]),
+        }
+        for name, slot in self.lowered.inputs.items():
+            values[slot] = named[name]
+        for name, slot in self.lowered.states.items():
+            values[slot] = stores[name]
+        rows = (counts - 1).clamp_(min=0)[:, None] if given.last and tokens.shape[1] > 1 else None
+        return self._run(values, rows)
 
     def _run(self, values: list[Any], rows: torch.Tensor | None) -> torch.Tensor:
         tail = self.lowered.tail if rows is not None else None
@@ -159,10 +242,9 @@ class Program:
         logits: torch.Tensor = values[self.lowered.result]
         return logits if rows is None or tail is not None else _take_rows(logits, rows)
 
-    def _run_whole(
-        self, state: State, tokens: torch.Tensor, counts: torch.Tensor, logits: Logits
-    ) -> torch.Tensor:
+    def _run_whole(self, state: State, given: StepInputs) -> torch.Tensor:
         """A program without a cache: keep the tokens and run all of them."""
+        tokens, counts = given.tokens, given.counts
         history = state.stores["input_ids"][:, 0, :, 0]
         total = int((state.lengths + counts).max())
         for row, (start, count) in enumerate(zip(state.lengths.tolist(), counts.tolist(), strict=True)):
@@ -173,14 +255,12 @@ class Program:
         positions = torch.arange(total, device=self.device).repeat(ids.shape[0], 1)
         values[self.lowered.inputs["positions"]] = positions
         column = torch.arange(tokens.shape[1], device=self.device)
-        if logits == "last":
+        if given.last:
             column = (counts - 1).clamp(min=0)[:, None]
         rows = (state.lengths[:, None] + column).clamp(max=total - 1)
         return self._run(values, rows)
 
-    def _positions(
-        self, lengths: torch.Tensor, counts: torch.Tensor, tokens: int, depth: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _positions(self, lengths: torch.Tensor, tokens: int, depth: torch.Tensor | None) -> torch.Tensor:
         if depth is None:
             if tokens == 1:
                 positions = lengths[:, None].clone()
@@ -192,11 +272,14 @@ class Program:
             positions.clamp_(max=self.max_positions - 1)
         return positions
 
-    def _check_room(self, state: State, counts: torch.Tensor) -> None:
-        needed = int((state.lengths + counts).max())
+    def _check_room(self, state: State, counts: torch.Tensor, tokens: int) -> None:
         limit = state.capacity
         if self.max_positions is not None:
             limit = min(limit, self.max_positions)
+        if max(state.known) + tokens <= limit:
+            return
+        # Not every row need have as many: only now are the counts read from the device.
+        needed = max(map(operator.add, state.known, counts.tolist()))
         if needed > limit:
             raise CapacityError(
                 f"a sequence of {needed} tokens does not fit: the cache holds {state.capacity}, "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from graphwright.ir.errors import CapacityError
 from graphwright.runtime.packed_storage import PackedLayout
+from graphwright.runtime.transfers import upload
 
 #: Most tokens of one row in one decode or verification step.
 MAX_STEP_TOKENS = 64
@@ -28,12 +30,19 @@ def slots_for(capacity: int, window: int) -> int:
 class State:
     """One generation's cache.
 
-    Attributes:
-        lengths: ``[B]`` int64, committed tokens of each row.
-        batch, capacity: rows, and tokens that a row may hold.
+    Args:
         stores: every tensor by name: stores ``[B, G, S, D]`` and the parts of packed ones.
         windows: of each store that keeps tokens slot by slot.
+        batch, capacity: rows, and tokens that a row may hold.
+        device: where the stores are.
         packed: the stores that are packed.
+        fixed: decode steps find every store at the same address for as long as the state lives, also
+            after longer steps: what graphs of them need.
+
+    Attributes:
+        lengths: ``[B]`` int64, committed tokens of each row; one tensor for as long as the state lives.
+        known: the same on the host, so that nothing has to be read from the device.
+        graphs: what was captured of steps over this state, if anything.
 
     Tokens beyond ``lengths`` are whatever the last step wrote; not committing them is the rollback.
     """
@@ -46,16 +55,23 @@ class State:
         capacity: int,
         device: torch.device,
         packed: Sequence[PackedLayout] = (),
+        fixed: bool = False,
     ) -> None:
         self.stores = stores
         self.windows = windows
         self.packed = tuple(packed)
         # Stores that fill their pages at the same lengths: one of each kind says when any must pack.
-        self._paces = list({(p.page, p.first, p.recent): p for p in packed}.values())
+        self._paces = {layout.pace: layout for layout in packed}
         self.batch, self.capacity = batch, capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.known = [0] * batch
+        # Of each kind, tokens of every row that are in pages: what the stores' ``packed`` say.
+        self._done = {pace: [0] * batch for pace in self._paces}
         self._furthest = 0
         self._step_tokens = MAX_STEP_TOKENS
+        self._fixed = fixed
+        self._tails: dict[str, torch.Tensor] = {}  # of decode steps, while a longer step has larger ones
+        self.graphs: Any = None
 
     def nbytes(self) -> int:
         """Bytes of all stores."""
@@ -67,39 +83,54 @@ class State:
             # Pages that were never written are all one page of memory, which stays in a processor's cache.
             store.fill_(1)
         self.lengths.fill_(length)
+        self.known = [length] * self.batch
         for layout in self.packed:
             self.stores[layout.roles["packed"]].fill_(layout.packable(length))
+        self._done = {pace: [one.packable(length)] * self.batch for pace, one in self._paces.items()}
 
-    def commit(self, accepted: torch.Tensor) -> None:
-        """Keep the first ``accepted[b]`` tokens of the last step (``[B]``); the rest is rolled back."""
-        if not self.packed:
-            self.lengths += accepted
-            return
-        before = self.lengths.tolist()
+    def reset(self) -> None:
+        """Forget everything: as good as a new state, at the same addresses."""
+        self.lengths.zero_()
+        for layout in self.packed:
+            self.stores[layout.roles["packed"]].zero_()
+        self.known = [0] * self.batch
+        self._done = {pace: [0] * self.batch for pace in self._paces}
+        self._furthest = 0
+        self.shrink()  # a long step may have been interrupted
+
+    def commit(self, accepted: torch.Tensor, known: Sequence[int] | None = None) -> None:
+        """Keep the first ``accepted[b]`` tokens of the last step (``[B]``); the rest is rolled back.
+
+        Args:
+            accepted: ``[B]`` int64 on the state's device.
+            known: the same on the host; without it, ``accepted`` is read, which on a GPU waits for it.
+        """
         self.lengths += accepted
-        after = self.lengths.tolist()
-        for pace in self._paces:
-            if any(pace.packable(a) < pace.packable(b) for a, b in zip(before, after, strict=True)):
-                self._pack(after)
+        counts = accepted.tolist() if known is None else known
+        self.known = [length + count for length, count in zip(self.known, counts, strict=True)]
+        for pace, one in self._paces.items():
+            if any(one.packable(n) > done for n, done in zip(self.known, self._done[pace], strict=True)):
+                self._pack()
                 return
 
-    def commit_path(self, path: torch.Tensor, accepted: torch.Tensor) -> None:
+    def commit_path(
+        self, path: torch.Tensor, accepted: torch.Tensor, known: Sequence[int] | None = None
+    ) -> None:
         """Keep step tokens ``path[b, :accepted[b]]`` of a tree (``[B, P]``, ``[B]``), compacted.
 
-        Paths ascend: a child comes after its parent in the step.
+        Paths ascend: a child comes after its parent in the step. ``path`` is read on the host: on the CPU
+        it costs nothing. ``known`` is as in :meth:`commit`.
         """
-        for row, count in enumerate(accepted.tolist()):
-            if count == 0:
+        counts = accepted.tolist() if known is None else known
+        for row, (count, nodes) in enumerate(zip(counts, path.tolist(), strict=True)):
+            chosen, start = nodes[:count], self.known[row]
+            if chosen == list(range(count)):
                 continue
-            start = int(self.lengths[row])
-            chosen = path[row, :count].to(self.lengths.device)
-            to = torch.arange(count, device=chosen.device)
-            if not torch.equal(chosen, to):
-                for store in self._appended():
-                    slots = store.shape[2]
-                    moved = store[row].index_select(1, (start + chosen) % slots)
-                    store[row].index_copy_(1, (start + to) % slots, moved)
-        self.commit(accepted)
+            moves = upload([[start + node for node in chosen], range(start, start + count)], path.device)
+            for store in self._appended():
+                origin, target = moves.to(store.device) % store.shape[2]
+                store[row].index_copy_(1, target, store[row].index_select(1, origin))
+        self.commit(accepted, counts)
 
     def truncate(self, lengths: torch.Tensor) -> None:
         """Forget everything after ``lengths[b]`` tokens (``[B]``).
@@ -109,9 +140,9 @@ class State:
         Raises:
             CapacityError: a sliding-window store no longer holds what the shorter row would need.
         """
-        self._furthest = max(self._furthest, int(self.lengths.max()))
-        lengths = torch.minimum(self.lengths, lengths)
-        shortest = int(lengths.min())
+        self._furthest = max(self._furthest, *self.known)
+        known = [min(pair) for pair in zip(self.known, lengths.tolist(), strict=True)]
+        shortest = min(known)
         for name, window in self.windows.items():
             slots = slots_for(self.capacity, window)
             lost = self._furthest - slots
@@ -121,22 +152,33 @@ class State:
                     where="State.truncate",
                     hint="start a new cache for the shorter sequence",
                 )
-        self.lengths = lengths
+        self.lengths.copy_(torch.minimum(self.lengths, lengths))
+        self.known = known
         for layout in self.packed:
-            layout.unpack(self.stores, lengths.tolist())
+            layout.unpack(self.stores, known)
+        for pace, one in self._paces.items():
+            self._done[pace] = self.stores[one.roles["packed"]].tolist()
 
     def room(self) -> list[int]:
         """Tokens that each row may run before it packs its next page; no limit without packed stores.
 
         A step that stops there sees every page as a step of one token would: speculation changes nothing.
         """
-        rows = self.lengths.tolist()
-        return [min((pace.room(length) for pace in self._paces), default=self.capacity) for length in rows]
+        paces = self._paces.values()
+        return [min((one.room(length) for one in paces), default=self.capacity) for length in self.known]
+
+    @property
+    def takes_short_steps(self) -> bool:
+        """Whether the tails are those of decode steps, where graphs of such steps look for them."""
+        return self._step_tokens == MAX_STEP_TOKENS
 
     def make_room(self, tokens: int) -> None:
         """Let the next step have ``tokens`` tokens a row; a decode or verification step always fits."""
         wanted = max(tokens, MAX_STEP_TOKENS)
         if wanted > self._step_tokens:
+            if self._fixed and self.takes_short_steps:
+                roles = [layout.roles["tail"] for layout in self.packed]
+                self._tails = {name: self.stores[name] for name in roles}
             self._resize(wanted)
 
     def shrink(self) -> None:
@@ -145,14 +187,21 @@ class State:
             self._resize(MAX_STEP_TOKENS)
 
     def _resize(self, step_tokens: int) -> None:
-        lengths = self.lengths.tolist()
         for layout in self.packed:
-            layout.resize_tail(self.stores, lengths, step_tokens)
+            into = self._tails.get(layout.roles["tail"]) if step_tokens == MAX_STEP_TOKENS else None
+            layout.resize_tail(
+                self.stores, self.known, step_tokens, packed=self._done[layout.pace], into=into
+            )
         self._step_tokens = step_tokens
+        if self.takes_short_steps:
+            self._tails = {}
 
-    def _pack(self, lengths: Sequence[int]) -> None:
+    def _pack(self) -> None:
         for layout in self.packed:
-            layout.pack(self.stores, lengths)
+            layout.pack(self.stores, self.known, self._done[layout.pace])
+        for pace, one in self._paces.items():
+            pairs = zip(self._done[pace], self.known, strict=True)
+            self._done[pace] = [max(done, one.packable(length)) for done, length in pairs]
 
     def _appended(self) -> list[torch.Tensor]:
         """The tensors that steps append to: token p in slot ``p % slots``."""

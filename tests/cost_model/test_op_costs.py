@@ -165,6 +165,18 @@ def test_append_attention_is_one_launch(sketch):
     assert fused.launches == 1
 
 
+def test_rotary_append_is_one_launch(sketch):
+    """It costs the rotations and the appends, and moves no rotated keys."""
+    q, k, v, keys, values, _, lengths, counts, _ = cached(sketch)
+    cos, sin = (sketch.input(name, "B", 1, "T", 16) for name in ("cos", "sin"))
+    new = sketch.emit("rotary_append", q, k, v, cos, sin, keys, values, lengths, counts)
+    cost = graph_cost(sketch.done(new)).total
+    assert same(cost.written["cache"], 2 * B * T * 2 * (16 + 32))
+    assert same(cost.total_flops, 3 * B * T * (8 + 2) * 16)
+    assert same(cost.activation_bytes, 2 * B * T * (2 * 8 * 16 + 2 * (16 + 32) + 2 * 16))
+    assert cost.launches == 1 and cost.bytes_read == 0
+
+
 def test_what_a_store_is_expanded_into_is_not_cache(sketch):
     """A latent of 8 per token is stored and expanded into keys and values of 16 before attention."""
     latent = sketch.state("latent", 1, 48, 8)

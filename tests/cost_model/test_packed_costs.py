@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from graphwright.cost_model import B, C, T, Workload, graph_cost, predict, resolve_target
+from graphwright.cost_model import streaming as streams
 from graphwright.cost_model.codec_work import KernelCounter, codec_work
 from graphwright.cost_model.packed_costs import ATTEND_KERNELS, KERNEL_OPS, READ_KERNELS
-from graphwright.cost_model.streaming import find_streaming, kernel_decodes
+from graphwright.cost_model.streaming import StoreKernels, find_streaming, kernel_decodes
 from graphwright.cost_model.workspace import workspace_bytes
 from graphwright.ir.canonicalize import canonicalize
 from graphwright.ir.codecs import PageShape, parse_codec
+from graphwright.ir.errors import InputError
 from graphwright.ir.graph import op_name
 from graphwright.ir.packed_ops import TILE, PackedStore, packed_attention, read_tile
 from graphwright.kernels.registry import select
@@ -159,6 +161,105 @@ def test_lowered_graphs_cost_the_same(packed):
         assert after.read["cache"] == before.read["cache"]
         assert after.total_flops == pytest.approx(before.total_flops)
         assert after.launches == before.launches
+
+
+# --- families of kernels -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Kernels that take two launches for an attention, turn queries in another, and pack 4-bit pages."""
+    asked = []
+
+    def supports(**given):
+        asked.append(given)
+        return "low ranks are not for it" if "low_rank" in given["key_codec"] else None
+
+    family = StoreKernels(
+        supports,
+        lambda codec, shape: "bits=4" in codec,
+        attention_launches=2,
+        turning_launches=1,
+        joins_rotary=True,
+    )
+    monkeypatch.setitem(streams._FAMILIES, "split", family)
+    return asked
+
+
+def with_kernels(graph, name):
+    graph.annotations["decode_kernels"] = name
+    return graph
+
+
+def test_the_family_says_how_many_launches_an_attention_takes(packed, split):
+    """In two layers: parts and their combination, and queries turned where keys are."""
+    for codec, launches in ((INT4, 2 * 2), (ROTATED, 2 * 3)):
+        cost = graph_cost(with_kernels(packed(codec), "split")).by_op["packed_attention"]
+        usual = graph_cost(packed(codec)).by_op["packed_attention"]
+        assert (cost.launches, usual.launches) == (launches, 2)
+        assert (cost.total_flops - usual.total_flops).expand() == 0 and cost.read == usual.read
+    dense = [
+        graph_cost(g).by_op["cache_attention"].launches
+        for g in (packed(None), with_kernels(packed(None), "split"))
+    ]
+    assert dense == [2, 4]
+
+
+def test_appends_are_part_of_the_launch_that_rotates(packed, split):
+    """What is left of them is packing: in one launch, or in as many as the reference takes."""
+    encoding = codec_work(ROTATED, PageShape(GROUPS, PAGE, WIDTH))[0]
+    for codec, packing in ((INT4, 1), (ROTATED, encoding.kernels)):
+        appends = graph_cost(with_kernels(packed(codec), "split")).by_op["cache_append"]
+        usual = graph_cost(packed(codec)).by_op["cache_append"]
+        assert appends.at(tokens=1).launches == pytest.approx(4 * packing / PAGE)
+        assert appends.at(tokens=2 * PAGE).launches == 4 * packing
+        reference = codec_work(codec, PageShape(GROUPS, PAGE, WIDTH))[0].kernels
+        assert usual.at(tokens=2 * PAGE).launches == 4 * (1 + reference)
+    handed_on = [
+        graph_cost(with_kernels(packed(INT4), name)).by_op["cache_append"] for name in ("split", "cpp")
+    ]
+    small, large = (cost.at(tokens=1).activation_bytes for cost in handed_on)
+    assert small == 4 * FULL < large
+
+
+def test_the_family_is_asked_what_the_op_is_given(packed, split):
+    graph = with_kernels(packed(CORRECTED, first=4), "split")
+    found = find_streaming(graph)
+    assert not found.in_kernel and found.attentions == set(found.obstacles)
+    assert set(found.obstacles.values()) == {"low ranks are not for it"}
+    given = split[0]
+    assert given["q"].shape[1] == HEADS and given["keys"][2].shape[1:] == (GROUPS, 4, WIDTH)
+    assert (given["key_codec"], given["value_codec"], given["key_page"], given["value_page"]) == (
+        CORRECTED, CORRECTED, PAGE, PAGE,
+    )  # fmt: skip
+    # Of the one op that lowering makes of it the same is asked, and it costs the same.
+    groups = graph_cost(graph).by_op
+    before = (groups["cache_read"] + groups["cache_attention"]).at(context=5000)
+    stream_reads(graph)
+    assert graph_cost(graph).by_op["packed_attention"].at(context=5000).launches == before.launches
+    assert {key: type(value) for key, value in split[-1].items()} == {k: type(v) for k, v in given.items()}
+
+
+def test_a_family_that_is_not_known_is_an_error(packed):
+    with pytest.raises(InputError, match="no kernels 'punched cards'"):
+        graph_cost(with_kernels(packed(INT4), "punched cards"))
+    assert set(find_streaming(with_kernels(packed(INT4), False)).obstacles.values()) == {
+        "there are no kernels"
+    }
+
+
+def test_stores_of_one_layer_are_packed_at_their_own_price(packed):
+    """Keys and values of equal shape with other codecs are not taken for one another."""
+    graph = packed(INT4)
+    for tail in (n for n in graph.placeholders("state") if n.meta.get("store", {}).get("role") == "tail"):
+        if "values" in tail.meta["name"]:
+            tail.meta["store"] = {**tail.meta["store"], "codec": CORRECTED}
+    costs = {
+        n.args[0].meta["store"]["codec"]: c
+        for n, c in graph_cost(graph).by_node.items()
+        if op_name(n) == "cache_append"
+    }
+    assert costs[CORRECTED].total_flops.subs({T: 1, B: 1}) > 2 * costs[INT4].total_flops.subs({T: 1, B: 1})
 
 
 # --- against what runs ---------------------------------------------------------------------------

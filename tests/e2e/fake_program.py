@@ -48,6 +48,21 @@ def tiny_model(name: str, **overrides: Any) -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
+class OwnStates:
+    """A program whose states are used once."""
+
+    runs_ahead = False
+
+    def borrow(self, batch: int, capacity: int) -> Any:
+        return self.allocate(batch, capacity)  # type: ignore[attr-defined]
+
+    def give_back(self, state: Any) -> None:
+        pass
+
+    def free_idle(self) -> bool:
+        return False
+
+
 class ReferenceState:
     """Committed tokens of each row, and the last step's tokens until they are committed."""
 
@@ -60,13 +75,13 @@ class ReferenceState:
     def lengths(self) -> torch.Tensor:
         return torch.tensor([len(row) for row in self.rows])
 
-    def commit(self, accepted: torch.Tensor) -> None:
+    def commit(self, accepted: torch.Tensor, known: Any = None) -> None:
         for row, pending, count in zip(self.rows, self.pending, accepted.tolist(), strict=True):
             assert count <= len(pending)
             row.extend(pending[:count])
         self.pending = [[] for _ in self.rows]
 
-    def commit_path(self, path: torch.Tensor, accepted: torch.Tensor) -> None:
+    def commit_path(self, path: torch.Tensor, accepted: torch.Tensor, known: Any = None) -> None:
         for row, pending, nodes, count in zip(
             self.rows, self.pending, path.tolist(), accepted.tolist(), strict=True
         ):
@@ -80,7 +95,7 @@ class ReferenceState:
         return [self.capacity] * self.batch
 
 
-class ReferenceProgram:
+class ReferenceProgram(OwnStates):
     """The program protocol over a transformers model, without any cache."""
 
     max_step_tokens = 64
@@ -147,10 +162,10 @@ class TableState:
         self.batch, self.capacity = batch, capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64)
 
-    def commit(self, accepted: torch.Tensor) -> None:
+    def commit(self, accepted: torch.Tensor, known: Any = None) -> None:
         self.lengths += accepted
 
-    def commit_path(self, path: torch.Tensor, accepted: torch.Tensor) -> None:
+    def commit_path(self, path: torch.Tensor, accepted: torch.Tensor, known: Any = None) -> None:
         self.lengths += accepted
 
     def truncate(self, lengths: torch.Tensor) -> None:
@@ -160,7 +175,7 @@ class TableState:
         return [self.capacity] * self.batch
 
 
-class TableProgram:
+class TableProgram(OwnStates):
     """A Markov chain: the logits after a token are a row of ``table [V, V]``."""
 
     max_step_tokens = 64

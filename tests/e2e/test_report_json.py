@@ -12,7 +12,7 @@ from graphwright.optimizer.plain_data import NUMBER, Either, misfit
 from graphwright.optimizer.report import SCHEMA_FILE, Report
 from tests.e2e.example_report import make_report
 
-NEW_KEYS = ("costs", "plans", "curves", "crossovers")
+NEW_KEYS = ("compiled", "costs", "plans", "curves", "crossovers")
 
 
 def test_json_round_trip_keeps_everything() -> None:
@@ -33,7 +33,7 @@ def test_documents_from_before_the_plans_still_read() -> None:
         del document[key]
     jsonschema.validate(document, json.loads(SCHEMA_FILE.read_text()))
     report = Report.from_json(json.dumps(document))
-    assert report == make_report(costs={}, plans=[], curves={}, crossovers=[])
+    assert report == make_report(compiled={}, costs={}, plans=[], curves={}, crossovers=[])
 
 
 BROKEN: dict[str, tuple[tuple[str | int, ...], object]] = {

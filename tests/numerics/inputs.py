@@ -207,6 +207,49 @@ def cache_append(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
+@generator("rotary_append")
+def rotary_append(dtype: torch.dtype) -> Iterator[Case]:
+    for layout, heads, width, tokens, lengths, counts in (
+        ("half", (6, 2), 16, 1, [5, 0], [1, 1]),
+        ("half", (3, 3), 80, 5, [6, 21], [5, 2]),
+        ("interleaved", (8, 1), 24, 3, [0, 9], [0, 3]),
+        ("interleaved_to_half", (4, 2), 32, 7, [30, 4], [7, 6]),
+    ):
+        for shared in (False, True):  # cos and sin of each pair once, and the same for all rows
+            yield (
+                f"{layout}-{heads}-{width}-{shared}",
+                rotary_step(dtype, layout, heads, width, tokens, lengths, counts, shared),
+            )
+
+
+def rotary_step(
+    dtype: torch.dtype,
+    layout: str,
+    heads: tuple[int, int],
+    width: int,
+    tokens: int,
+    lengths: list[int],
+    counts: list[int],
+    shared: bool = False,
+    slots: int = 8,
+) -> dict[str, Any]:
+    """Arguments of ``rotary_append``, values 6 features narrower than keys."""
+    batch, (h, g) = len(lengths), heads
+    angle = torch.randn(1 if shared else batch, 1, tokens, width // 2 if shared else width)
+    return dict(
+        q=randn(batch, tokens, h, width, dtype=dtype).transpose(1, 2),
+        k=randn(batch, tokens, g, width, dtype=dtype).transpose(1, 2),
+        v=randn(batch, tokens, g, width - 6, dtype=dtype).transpose(1, 2),
+        cos=angle.cos().to(dtype),
+        sin=angle.sin().to(dtype),
+        keys=randn(batch, g, slots, width, dtype=dtype),
+        values=randn(batch, g, slots, width - 6, dtype=dtype),
+        lengths=torch.tensor(lengths),
+        counts=torch.tensor(counts),
+        layout=layout,
+    )
+
+
 def binary_tree(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Bit masks ``[B, T]`` and depths ``[T]`` of a complete binary tree in breadth-first order."""
     masks, depths = [1], [0]

@@ -29,7 +29,7 @@ def test_first_provider_that_takes_the_arguments() -> None:
     (torch.zeros(2, 4).half(), torch.zeros(3, 4).half(), "cpu", "float16"),
     (torch.zeros(2, 4), torch.zeros(3, 4).bfloat16(), "cpu", "several dtypes"),
     (torch.zeros(2, 4), torch.zeros(4, 3).t(), "cpu", "row-major"),
-    (torch.zeros(2, 4), torch.zeros(3, 4), "cuda", "does not serve cuda"),
+    (torch.zeros(2, 4), torch.zeros(3, 4), "mps", "does not serve mps"),
 ])  # fmt: skip
 def test_fallback_says_why(x: torch.Tensor, weight: torch.Tensor, device: str, reason: str) -> None:
     kernel = registry.select("linear", device, x=x, weight=weight)

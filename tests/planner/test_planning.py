@@ -18,6 +18,7 @@ from graphwright.optimizer.planner import Planned, Request, plan_best, plan_give
 from graphwright.optimizer.planner import menu as planner_menu
 from graphwright.optimizer.planner.alternatives import Alternative, ProgramChoice
 from graphwright.optimizer.planner.menu import Menu, make_menu
+from graphwright.optimizer.planner.store_kernels import kernel_family
 from graphwright.optimizer.quantities import quantity
 from graphwright.optimizer.report import Status
 from graphwright.passes import base
@@ -61,9 +62,10 @@ def canonical(name: str, **options: Any) -> Graph:
 
 
 def plain(graph: Graph) -> Graph:
-    """As the planner prices it: op by op unless a pass compiles it."""
+    """As the planner prices it: op by op unless a pass compiles it, with the target's kernels."""
     graph = graph.copy()
     graph.annotations["compile"] = False
+    graph.annotations["decode_kernels"] = kernel_family(resolve_target("h100"))
     return graph
 
 

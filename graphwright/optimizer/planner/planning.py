@@ -10,6 +10,7 @@ from graphwright.ir.errors import PassError
 from graphwright.ir.graph import Graph, module_path
 from graphwright.optimizer.planner.menu import make_menu
 from graphwright.optimizer.planner.request import Plan, Planned, Request, to_decision
+from graphwright.optimizer.planner.store_kernels import kernel_family
 from graphwright.optimizer.report import Decision
 from graphwright.passes.base import Pass, order_passes, parse_pass
 
@@ -29,7 +30,7 @@ def plan_given(graph: Graph, passes: Sequence[str | Pass], request: Request) -> 
 def _annotate(graph: Graph, request: Request) -> None:
     """What pricing must know of how the graph will run."""
     graph.annotations["compile"] = False
-    graph.annotations["decode_kernels"] = request.target.kind == "cpu"
+    graph.annotations["decode_kernels"] = kernel_family(request.target)
 
 
 # Choices that a whole plan's workspace may push over the memory limit before giving up.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from graphwright.ir.errors import CapacityError, InputError
+from graphwright.runtime.transfers import upload
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
@@ -141,8 +142,8 @@ def compact_rows(ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]
 def right_padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows as one right-padded int64 tensor ``[B, T]`` and their lengths ``[B]``."""
     width = max(len(row) for row in rows)
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)
-    return tokens, torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
+    tokens = upload([row + [0] * (width - len(row)) for row in rows], device)
+    return tokens, upload([len(row) for row in rows], device)
 
 
 def check_capacity(

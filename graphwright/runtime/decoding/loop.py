@@ -14,6 +14,7 @@ import torch
 
 from graphwright.ir.errors import InputError
 from graphwright.runtime.decoding.inputs import right_padded
+from graphwright.runtime.decoding.memory import free_memory, is_out_of_memory
 from graphwright.runtime.decoding.processing import RaggedProcessors
 from graphwright.runtime.decoding.protocol import DecodingProgram, DecodingState
 from graphwright.runtime.decoding.request import Request
@@ -23,6 +24,7 @@ from graphwright.runtime.speculation.drafter import NO_DRAFT, Draft
 from graphwright.runtime.speculation.stats import GenerationStats
 from graphwright.runtime.speculation.tree import MAX_TREE_TOKENS, StepTokens, pack
 from graphwright.runtime.speculation.verifier import GreedyVerifier, SamplingVerifier, Verdict, Verifier
+from graphwright.runtime.transfers import upload
 
 
 def why_not_speculate(request: Request, speculation: Speculation | None) -> str | None:
@@ -55,12 +57,15 @@ class DecodeLoop:
         self.stats = GenerationStats(calls=1, prompt_tokens=sum(len(prompt) for prompt in request.prompts))
         self.stats.speculation_off = why_not_speculate(request, speculation)
         self.speculation = None if self.stats.speculation_off else speculation
-        self.transcript = Transcript(request)
+        self.transcript = self._make_transcript()
         longest = max(len(prompt) for prompt in request.prompts)
         self._capacity = longest + request.max_new_tokens
         self._committed = [len(prompt) for prompt in request.prompts]
         self._plain: tuple[list[int], torch.Tensor] | None = None
         self._verifier = self._make_verifier()
+
+    def _make_transcript(self) -> Transcript:
+        return Transcript(self.request)
 
     def _make_verifier(self) -> Verifier:
         request = self.request
@@ -70,12 +75,36 @@ class DecodeLoop:
 
     def run(self) -> Transcript:
         """Generate until every row has ended."""
-        program, request, transcript = self.program, self.request, self.transcript
-        state = program.allocate(request.batch, self._capacity)
         if self.speculation is not None:
-            self.speculation.drafter.begin(request.prompts, program)
-            self.speculation.rule.begin(request.batch)
-        logits = program.prefill(state, *right_padded(request.prompts, program.device))[:, None]
+            self.speculation.drafter.begin(self.request.prompts, self.program)
+            self.speculation.rule.begin(self.request.batch)
+        state, logits = self._start()
+        try:
+            self._decode(state, logits)
+        finally:
+            self.program.give_back(state)
+        self.stats.tokens = sum(len(row) for row in self.transcript.tokens)
+        return self.transcript
+
+    def _start(self) -> tuple[Any, torch.Tensor]:
+        """A state that holds the prompts, and the logits ``[B, 1, V]`` of their last tokens."""
+        try:
+            return self._prefill()
+        except Exception as error:
+            # States that are kept for later calls may hold the memory that this call needs.
+            if not (is_out_of_memory(error) and free_memory(error, self.program)):
+                raise
+        return self._prefill()
+
+    def _prefill(self) -> tuple[Any, torch.Tensor]:
+        program, request = self.program, self.request
+        state = program.borrow(request.batch, self._capacity)
+        logits = program.prefill(state, *right_padded(request.prompts, program.device))
+        return state, logits[:, None]
+
+    def _decode(self, state: Any, logits: torch.Tensor) -> None:
+        """Generate from the prompts' logits until every row has ended."""
+        program, request, transcript = self.program, self.request, self.transcript
         drafts: list[Draft] = [NO_DRAFT] * request.batch
         rows = list(range(request.batch))
         step: StepTokens | None = None
@@ -95,8 +124,6 @@ class DecodeLoop:
             rows = going_on
             step = self._step_tokens(rows, drafts)
             logits = program.step(state, step.tokens, step.counts, depth=step.depth, tree=step.tree)
-        self.stats.tokens = sum(len(row) for row in transcript.tokens)
-        return transcript
 
     def _step_tokens(self, rows: list[int], drafts: Sequence[Draft]) -> StepTokens:
         newest = self.transcript.tokens
@@ -106,30 +133,29 @@ class DecodeLoop:
                 roots[row] = newest[row][-1]
             return pack(roots, drafts, self.program.device)
         if self._plain is None or self._plain[0] != rows:
-            counts = torch.zeros(self.request.batch, dtype=torch.int64, device=self.program.device)
-            counts[rows] = 1
+            counts = upload([int(row in rows) for row in range(self.request.batch)], self.program.device)
             self._plain = (rows, counts)
-        tokens = torch.tensor([[row[-1]] for row in newest], dtype=torch.int64, device=self.program.device)
+        tokens = upload([[row[-1]] for row in newest], self.program.device)
         return StepTokens(tokens, self._plain[1], None, None)
 
     def _commit(self, state: Any, step: StepTokens, rows: list[int], verdicts: Sequence[Verdict]) -> None:
         for row, verdict in zip(rows, verdicts, strict=True):
             self._committed[row] += 1 + len(verdict.path)
-        if step.tokens.shape[1] == 1:
-            state.commit(step.counts)
-            return
         kept = [0] * self.request.batch
         for row, verdict in zip(rows, verdicts, strict=True):
             kept[row] = 1 + len(verdict.path)
-        accepted = torch.tensor(kept, dtype=torch.int64, device=self.program.device)
+        if step.tokens.shape[1] == 1:
+            state.commit(step.counts, kept)
+            return
+        accepted = upload(kept, self.program.device)
         if step.tree is None:
-            state.commit(accepted)
+            state.commit(accepted, kept)
             return
         width = max(kept)
         paths = [[0] * width for _ in kept]
         for row, verdict in zip(rows, verdicts, strict=True):
             paths[row][1 : kept[row]] = [node + 1 for node in verdict.path]
-        state.commit_path(torch.tensor(paths, dtype=torch.int64, device=self.program.device), accepted)
+        state.commit_path(torch.tensor(paths, dtype=torch.int64), accepted, kept)
 
     def _observe(self, logits: torch.Tensor, rows: list[int], verdicts: Sequence[Verdict]) -> None:
         assert self.speculation is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,12 +15,20 @@ class DecodingState(Protocol):
     batch: int
     capacity: int
 
-    def commit(self, accepted: torch.Tensor) -> None:
-        """Keep the first ``accepted[b]`` tokens of the last step (``[B]`` int64) and drop the rest."""
+    def commit(self, accepted: torch.Tensor, known: Sequence[int] | None = None) -> None:
+        """Keep the first ``accepted[b]`` tokens of the last step (``[B]`` int64) and drop the rest.
+
+        ``known`` is ``accepted`` on the host, where the caller has it: then the device is not read.
+        """
         ...
 
-    def commit_path(self, path: torch.Tensor, accepted: torch.Tensor) -> None:
-        """Keep step tokens ``path[b, :accepted[b]]`` (``[B, P]``, ``[B]`` int64), compacted in the cache."""
+    def commit_path(
+        self, path: torch.Tensor, accepted: torch.Tensor, known: Sequence[int] | None = None
+    ) -> None:
+        """Keep step tokens ``path[b, :accepted[b]]`` (``[B, P]``, ``[B]`` int64), compacted in the cache.
+
+        ``path`` is on the CPU; ``known`` is as in :meth:`commit`.
+        """
         ...
 
     def truncate(self, lengths: torch.Tensor) -> None:
@@ -40,9 +49,23 @@ class DecodingProgram(Protocol):
     vocab_size: int
     max_positions: int | None
     max_step_tokens: int
+    #: A step is queued on the device: the host may go on before its result is there.
+    runs_ahead: bool
 
     def allocate(self, batch: int, capacity: int) -> Any:
         """A fresh :class:`DecodingState` with ``capacity`` slots in each of ``batch`` rows."""
+        ...
+
+    def borrow(self, batch: int, capacity: int) -> Any:
+        """An empty state of at least this capacity for one generation; :meth:`give_back` ends it."""
+        ...
+
+    def give_back(self, state: Any) -> None:
+        """The generation that borrowed ``state`` is over, however it ended."""
+        ...
+
+    def free_idle(self) -> bool:
+        """Let go of the states that are kept for later generations; whether there were any."""
         ...
 
     def step(

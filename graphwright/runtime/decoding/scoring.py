@@ -9,6 +9,7 @@ from transformers import Cache
 
 from graphwright.ir.errors import CapacityError, UnsupportedGenerationError
 from graphwright.runtime.decoding.inputs import check_capacity, right_padded
+from graphwright.runtime.decoding.memory import is_out_of_memory, out_of_memory
 from graphwright.runtime.decoding.protocol import DecodingProgram
 
 
@@ -125,25 +126,36 @@ def run_tokens(
     program = cache.program
     longest = max(len(row) + len(more) for row, more in zip(cache.rows, new, strict=True))
     check_capacity(longest, 0, program.max_positions, fixed, where)
-    cache.reserve(new, spare)
+    try:
+        cache.reserve(new, spare)
+        out = _run_chunks(cache, new, mask, wanted, chunk)
+    except BaseException as error:
+        # An interrupted pass must not leave half of its tokens in the caller's cache. A window may
+        # already have dropped what going back needs, so the next call replays the tokens instead.
+        cache.state = None
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, program, where) from None
+    cache.rows = [row + more for row, more in zip(cache.rows, new, strict=True)]
+    cache.mask = torch.cat((cache.mask, mask), dim=1)
+    return out
+
+
+def _run_chunks(
+    cache: ProgramCache, new: list[list[int]], mask: torch.Tensor, wanted: list[int], chunk: int
+) -> torch.Tensor:
+    """:func:`run_tokens` over a state that has room for them."""
+    program = cache.program
     tokens, counts = right_padded(new, program.device)
     out = torch.zeros((len(new), len(wanted), program.vocab_size), dtype=program.dtype, device=program.device)
     position = mask.long().cumsum(1) - 1  # [B, T]: which of its row's tokens a column holds
     columns = torch.tensor(wanted, dtype=torch.int64, device=program.device)
     position = torch.where(mask, position, -1)[:, columns]  # [B, K]
-    try:
-        for start in range(0, tokens.shape[1], chunk):
-            part = tokens[:, start : start + chunk]
-            here = (counts - start).clamp(0, part.shape[1])
-            logits = program.step(cache.state, part.contiguous(), here)
-            row, place = ((position >= start) & (position < start + chunk)).nonzero(as_tuple=True)
-            out[row, place] = logits[row, position[row, place] - start].to(out.dtype)
-            cache.state.commit(here)
-    except BaseException:
-        # An interrupted pass must not leave half of its tokens in the caller's cache. A window may
-        # already have dropped what going back needs, so the next call replays the tokens instead.
-        cache.state = None
-        raise
-    cache.rows = [row + more for row, more in zip(cache.rows, new, strict=True)]
-    cache.mask = torch.cat((cache.mask, mask), dim=1)
+    for start in range(0, tokens.shape[1], chunk):
+        part = tokens[:, start : start + chunk]
+        here = (counts - start).clamp(0, part.shape[1])
+        logits = program.step(cache.state, part.contiguous(), here)
+        row, place = ((position >= start) & (position < start + chunk)).nonzero(as_tuple=True)
+        out[row, place] = logits[row, position[row, place] - start].to(out.dtype)
+        cache.state.commit(here)
     return out

@@ -21,12 +21,15 @@ class Transcript:
 
     Args:
         request: the generation.
+        keep_text: keep a tensor of all tokens, which criteria and processors look at; by default if
+            there are any.
 
     Attributes:
         tokens: new tokens of each row, in order; may run past what was released.
+        calling: a criterion or streamer of the caller is running, or has raised an error.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, keep_text: bool | None = None) -> None:
         self.request = request
         batch = request.batch
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
@@ -40,7 +43,8 @@ class Transcript:
         self.scores: tuple[torch.Tensor, ...] = ()
         self.logits: tuple[torch.Tensor, ...] = ()
         self._ids: torch.Tensor | None = None
-        if request.criteria or request.processors:
+        self.calling = False
+        if bool(request.criteria or request.processors) if keep_text is None else keep_text:
             fill = request.ids.new_full((batch, request.max_new_tokens), request.pad)
             self._ids = torch.cat((request.ids, fill), dim=1)
         self._written = [0] * batch
@@ -96,10 +100,12 @@ class Transcript:
             ]
             self._released += 1
             self._record(step, waiting)
+            self.calling = True
             if self.request.criteria:
                 self._apply_criteria(step, waiting)
             if self.request.streamer is not None:
                 self.request.streamer.put(torch.tensor(column))
+            self.calling = False
 
     def _record(self, step: int, waiting: list[bool]) -> None:
         """Assemble the step's scores and logits; rows that had ended before get zeros."""

@@ -12,7 +12,7 @@ from torch.fx.node import Node
 
 from graphwright.ir.graph import Graph, argument, module_path, op_name, value
 from graphwright.ir.ops import SEMANTIC_OPS
-from graphwright.kernels.registry import Kernel, select
+from graphwright.kernels.registry import REFERENCE, Kernel, select
 
 _ACTIVATION_CALLS = {
     "silu": (torch.ops.aten.silu.default, {}),
@@ -23,7 +23,7 @@ _ACTIVATION_CALLS = {
 # The ops that kernels are chosen for; the others are plain arithmetic that Inductor fuses.
 KERNEL_OPS = (
     "linear", "linear_group", "routed_linear", "attention", "cache_append", "cache_attention",
-    "append_attention", "packed_attention",
+    "append_attention", "rotary_append", "packed_attention",
 )  # fmt: skip
 
 
@@ -102,6 +102,62 @@ def fuse_appends(graph: Graph) -> None:
         _finish(graph, node, fused)
         for append in appends:
             graph.fx.erase_node(append)
+
+
+def fuse_rotary_appends(graph: Graph, device: torch.device) -> None:
+    """Rotary embeddings of queries and keys with both appends of their attention become one launch.
+
+    Only where a kernel of the device does that. What attention reads may be the stores themselves or
+    packed stores, whose tails are then what is appended to.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    appends: dict[Node, list[Node]] = {}
+    for node in graph.calls("cache_append"):
+        appends.setdefault(argument(node, "store"), []).append(node)
+    for attention in graph.calls("cache_attention"):
+        stores = [_written(argument(attention, name)) for name in ("keys", "values")]
+        found = [appends.get(store, []) for store in stores]
+        if stores[0] is stores[1] or any(len(own) != 1 for own in found):
+            continue
+        q, keys, values = argument(attention, "q"), found[0][0], found[1][0]
+        k, last = argument(keys, "new"), max((q, keys, values), key=order.__getitem__)
+        readers = {user for store in stores for user in store.users} - {keys, values}
+        if not _rotate_alike(q, k) or not _append_alike(keys, values, attention):
+            continue
+        if any(order[reader] < order[last] for reader in readers):
+            continue
+        inputs = [argument(q, "x"), argument(k, "x"), argument(values, "new")]
+        inputs += [argument(q, "cos"), argument(q, "sin"), *stores]
+        inputs += [argument(keys, "lengths"), argument(keys, "counts"), argument(q, "layout")]
+        fused = graph.emit("rotary_append", *inputs, after=last)
+        if select("rotary_append", device, **_fake_arguments(fused)).provider == REFERENCE:
+            graph.fx.erase_node(fused)
+            continue
+        _finish(graph, q, fused)
+        for node in (keys, values, k):
+            graph.fx.erase_node(node)
+        for store in stores:
+            del appends[store]
+
+
+def _written(read: Node) -> Node:
+    """What tokens are appended to where attention reads ``read``."""
+    if op_name(read) != "cache_read":
+        return read
+    tail: Node = argument(read, "store")[1]
+    return tail
+
+
+def _rotate_alike(q: Node, k: Node) -> bool:
+    """Whether both are rotated by the same angles, and used once."""
+    if any(op_name(n) != "rotary" or len(n.users) != 1 for n in (q, k)):
+        return False
+    return all(argument(q, name) == argument(k, name) for name in ("cos", "sin", "layout"))
+
+
+def _append_alike(*nodes: Node) -> bool:
+    """Whether these are of the same step."""
+    return all(len({argument(node, name) for node in nodes}) == 1 for name in ("lengths", "counts"))
 
 
 def select_kernels(graph: Graph, device: torch.device) -> list[KernelUse]:

@@ -17,6 +17,7 @@ from graphwright.runtime.lowering.kernels import (
     KernelUse,
     expand_feed_forward,
     fuse_appends,
+    fuse_rotary_appends,
     group_linears,
     select_kernels,
 )
@@ -87,6 +88,7 @@ def lower(
     expand_feed_forward(graph)
     prepared = fold_parameters(graph)
     group_linears(graph)
+    fuse_rotary_appends(graph, device)
     fuse_appends(graph)
     computed = stream_reads(graph)
     kernels = select_kernels(graph, device)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from graphwright.ir.errors import InputError
+from graphwright.runtime.transfers import upload
 
 if TYPE_CHECKING:
     from graphwright.runtime.speculation.drafter import Draft
@@ -114,12 +115,10 @@ def pack(roots: Sequence[int | None], drafts: Sequence[Draft], device: torch.dev
     width = max(len(row) for row in rows)
 
     def padded(lists: list[list[int]]) -> torch.Tensor:
-        return torch.tensor(
-            [row + [0] * (width - len(row)) for row in lists], dtype=torch.int64, device=device
-        )
+        return upload([row + [0] * (width - len(row)) for row in lists], device)
 
     tokens = padded(rows)
-    counts = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
+    counts = upload([len(row) for row in rows], device)
     if all(draft.parents is None for draft in drafts):
         return StepTokens(tokens, counts, None, None)
     depth_rows: list[list[int]] = []
