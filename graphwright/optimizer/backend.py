@@ -214,8 +214,8 @@ def _note_kernels(record: GraphRecord, lowered: Lowered) -> None:
             {"op": "linear", "provider": "inductor", "reason": f"{_calls(count)}; {reason}"}
         )
         status = Status.UNPROFITABLE if reason == MANY_ROWS else Status.FALLBACK
-        if "it does not serve" in reason:  # no provider has kernels for this device: nothing is lost
-            status = Status.NOT_FOUND
+        if all("it does not serve" in refusal for refusal in reason.split("; ")):
+            status = Status.NOT_FOUND  # no provider has kernels for this device: nothing is lost
         record.decide("kernel{op=linear}", status, f"{_calls(count)} left to Inductor: {reason}")
 
 

@@ -160,9 +160,17 @@ def compile_for(
         note = f"the steps cannot be traced without the device: {str(error).splitlines()[0][:200]}"
         return CompiledKernels(target.name, target.arch, note=note)
     note = _without_kernels(step, target)
-    return CompiledKernels(
-        target.name, target.arch, version, tuple(made), tuple(_uses(f.uses) for f in found), note
-    )
+    kernels, uses = _merged(made, found)
+    return CompiledKernels(target.name, target.arch, version, kernels, uses, note)
+
+
+def _merged(made: Sequence[Compiled], found: Sequence[Found]) -> tuple[tuple[Compiled, ...], tuple[str, ...]]:
+    """Each binary once, with all that it is for: launches may differ in what their kernel does not see."""
+    by_key: dict[str, tuple[Compiled, Counter[tuple[str, str]]]] = {}
+    for index, (kernel, launch) in enumerate(zip(made, found, strict=True)):
+        _, uses = by_key.setdefault(kernel.key or f"failed {index}", (kernel, Counter()))
+        uses.update(launch.uses)
+    return tuple(kernel for kernel, _ in by_key.values()), tuple(_uses(uses) for _, uses in by_key.values())
 
 
 def _without_kernels(step: LoweredStep, target: Target) -> str:

@@ -87,7 +87,7 @@ def _sections(report: Report) -> Iterator[Markup]:
         parts = element("details", element("summary", f"All {len(more)} quantities"), _comparison(more))
         yield _section("Predicted and measured", _comparison(rows) + (parts if len(more) > len(rows) else ""))
     if plans := plan_rows(report):
-        exact = plans_are_exact(plans)
+        exact = plans_are_exact(report, plans)
         yield _section("Plans, all exact" if exact else "Plans", _plans(plans, exact))
     if report.decisions:
         yield _section("Decisions", _decisions(report))

@@ -47,7 +47,7 @@ _TICKS = (0.1, 0.2, 0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0, 5.0, 10.0)
 def plans_plot(report: Report) -> Plot | None:
     """The front of plans: loss of quality against time per token, or memory where all plans are exact."""
     plans = plan_rows(report)
-    exact = plans_are_exact(plans)
+    exact = plans_are_exact(report, plans)
     key = "memory_bytes" if exact else "kl"
     placed = [
         (plan, x, y)

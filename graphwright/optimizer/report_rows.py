@@ -153,8 +153,10 @@ def _changes(passes: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, 
     return (*added, *(f"- {clean(name)}" for name in chosen if name not in passes))
 
 
-def plans_are_exact(plans: Iterable[PlanRow]) -> bool:
-    """Whether no plan is predicted or measured to lose quality."""
+def plans_are_exact(report: Report, plans: Iterable[PlanRow]) -> bool:
+    """Whether no plan is predicted or measured to lose quality, nor holds a pass that may."""
+    if any(d.fidelity == "lossy" and d.status is Status.APPLIED for d in report.decisions):
+        return False
     values = (side.get("kl") for plan in plans for side in (plan.predicted, plan.measured))
     return not any(number(value) for value in values)
 

@@ -76,7 +76,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     if rows := comparison_rows(report, details=False):
         yield _comparison(rows)
     if plans := plan_rows(report):
-        yield _plans(plans)
+        yield _plans(plans, plans_are_exact(report, plans))
     yield from _outlook(report)
     if report.decisions:
         yield _decisions(report.decisions)
@@ -136,9 +136,8 @@ def _decisions(decisions: list[Decision]) -> Table:
     return table
 
 
-def _plans(plans: list[PlanRow]) -> RenderableType:
+def _plans(plans: list[PlanRow], exact: bool) -> RenderableType:
     """The chosen plan and how the fastest of the others differ from it: quality against speed."""
-    exact = plans_are_exact(plans)
     keys = ("seconds_per_token", "memory_bytes", *(() if exact else ("kl",)))
     table = _table("Plans, all exact" if exact else "Plans")
     table.padding = (0, 1, 0, 0)

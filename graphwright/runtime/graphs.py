@@ -8,7 +8,7 @@ read contents on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,6 +80,13 @@ class CudaGraphs:
             return result
 
         return replay
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it hides: ending a capture that failed raises one of its own."""
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 def why_not_captured(has_cache: bool, kernels: Sequence[KernelUse]) -> str | None:
@@ -194,8 +201,8 @@ class StepGraphs:
         try:
             replay = self._backend.capture(lambda: run(inputs), self._device)
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            if memory := next((e for e in _chain(error) if is_out_of_memory(e)), None):
+                raise memory from error
             self._refused(f"a step could not be captured: {error}")
             return False
         self._captured[given.key] = (inputs, replay)

@@ -189,6 +189,14 @@ def test_exact_plans_need_no_column_for_quality() -> None:
         assert "Plans, all exact" in text and "KL (nats)" not in text and "perplexity" not in text
 
 
+def test_plans_of_lossy_passes_are_not_called_exact() -> None:
+    """The caller named the passes, so that nothing was predicted of their loss."""
+    lossy = Decision("quantize_cache{bits=4}", "layers.0", Status.APPLIED, "", None, None, "lossy")
+    report = make_report(plans=[make_plan("chosen", 0.1, 1e8, 0.0, "a")], decisions=[lossy], measured={})
+    for text in (report.to_text(80), report.to_html()):
+        assert "Plans" in text and "Plans, all exact" not in text
+
+
 def test_text_does_not_drown_in_plans() -> None:
     plans = [make_plan("runner-up", 0.1 + n, 1e8, 0.0, f"pass{n}") for n in range(20)]
     report = make_report(plans=[*plans, make_plan("chosen", 0.05, 1e8, 0.0, "best")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from graphwright.ir.errors import PassError
-from graphwright.kernels import registry
+from graphwright.kernels import registry, triton
 from graphwright.kernels.cpp import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,3 +186,45 @@ def test_one_openmp_runtime() -> None:
         line.split()[-1] for line in lines if any(n in line for n in ("libgomp", "libomp.", "libiomp5"))
     }
     assert len(runtimes) == 1, runtimes
+
+
+# --- who may run Triton's kernels --------------------------------------------------------------------
+
+
+def test_cards_without_bfloat16_are_refused() -> None:
+    assert triton.card_reason((8, 0)) == (True, "")
+    assert triton.card_reason((9, 4), is_amd=True)[0]
+    ok, why = triton.card_reason((7, 5))
+    assert not ok and why == "the card has compute capability 7.5; bfloat16 kernels need 8.0"
+
+
+def test_without_triton_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert triton.available() == (False, "Triton is not installed")
+
+
+def test_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("triton")
+    monkeypatch.setattr(module, "__version__", "3.5.1")
+    ok, why = triton.available()
+    assert not ok and "Triton 3.5.1 is too old, 3.6 is the oldest" in why
+
+
+def test_the_interpreter_is_only_used_by_name() -> None:
+    arguments = dict(x=torch.zeros(2, 4).half(), weight=torch.zeros(3, 4).half())
+    assert registry.select("linear", "cpu", **arguments).provider == registry.REFERENCE
+    assert registry.select("linear", "cpu", "triton", **arguments).provider == "triton"
+
+
+def test_what_runs_elsewhere_may_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the device were here; the kernel's own reasons still count."""
+    provider = next(p for p in registry.providers() if p.name == "triton")
+    missing = dataclasses.replace(provider, available=lambda: (False, "torch sees no GPU"))
+    monkeypatch.setitem(registry._PROVIDERS, "triton", missing)
+    arguments = dict(x=torch.zeros(2, 4), weight=torch.zeros(3, 4))
+    assert "torch sees no GPU" in registry.select("linear", "cuda", **arguments).reason
+    with registry.assuming_available("triton"):
+        assert registry.select("linear", "cuda", **arguments).provider == "triton"
+        double = {name: x.double() for name, x in arguments.items()}
+        assert registry.select("linear", "cuda", **double).provider == registry.REFERENCE
+    assert registry.select("linear", "cuda", **arguments).provider == registry.REFERENCE

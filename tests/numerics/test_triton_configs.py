@@ -159,3 +159,13 @@ def test_tensors_on_no_gpu_are_planned_for_one():
 def test_an_unknown_gpu_is_an_error():
     with pytest.raises(InputError, match="nothing is known of a GPU 'sm_35'"):
         planned_device("sm_35")
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_prompts_have_few_splits(store):
+    """Their partial results would be larger than the cache: every split writes a vector for each row."""
+    one, found = attend_config(shape("h100", store)), attend_config(shape("h100", store, tokens=512))
+    assert attend_config(shape("h100", store, tokens=configs.MAX_STEP)).chunk == one.chunk
+    assert replace(found, chunk=one.chunk, block_m=one.block_m) == one
+    assert found.chunk % math.lcm(found.block_n, STORES[store][1] or 1) == 0
+    assert 131_072 // found.chunk <= 2 < 131_072 // one.chunk

@@ -211,7 +211,7 @@ def test_each_attention_of_a_step_is_tuned_by_itself():
 def test_the_kernel_asks_for_its_configuration():
     """In the interpreter: an attention is tuned by what it asks for, and its result stays the same."""
     pytest.importorskip("triton")
-    from graphwright.kernels.triton.attention import cache_attention
+    from graphwright.kernels.triton.attention_ops import cache_attention
 
     torch.manual_seed(0)
     q, keys, values = (torch.randn(1, heads, n, 32).half() for heads, n in ((4, 1), (2, 300), (2, 300)))

@@ -1,7 +1,8 @@
 """How a kernel is cut up on the GPU at hand: what was found fastest there, else what is predicted to be.
 
-Nothing but ``block_m`` depends on the tokens of a step: a token has the same bits in a verification of many
-as in a step of its own. Chunks do depend on the batch and on the slots that are allocated.
+Nothing but ``block_m`` depends on the tokens of a step (of up to 64): a token has the same bits in a
+verification of many as in a step of its own. Chunks do depend on the batch and on the slots that are
+allocated, and those of prompts on their tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from graphwright.kernels.triton.devices import DeviceFacts, device_facts, planne
 from graphwright.kernels.triton.proposals import AttendConfig, AttendShape, candidates, rows
 
 __all__ = [
+    "MAX_STEP",
     "AttendConfig",
     "AttendShape",
     "DeviceFacts",
@@ -34,8 +36,28 @@ _TRYING: ContextVar[tuple[AttendShape, AttendConfig] | None] = ContextVar("graph
 _ASKED: ContextVar[list[AttendShape] | None] = ContextVar("graphwright_asked", default=None)
 
 
+#: Tokens of a step that drafts are verified in; more are a prompt.
+MAX_STEP = 64
+
+
 def attend_config(shape: AttendShape) -> AttendConfig:
-    """The configuration of an attention: what was found fastest on this GPU, else the first candidate."""
+    """The configuration of an attention: what was found fastest on this GPU, else the first candidate.
+
+    Prompts fill the device with their own rows, and have fewer splits.
+    """
+    config = _step_config(shape)
+    return config if shape.tokens <= MAX_STEP else replace(config, chunk=_prompt_chunk(shape, config))
+
+
+def _prompt_chunk(shape: AttendShape, config: AttendConfig) -> int:
+    """Slots of a split where the rows alone are many programs: partial results are written for each."""
+    programs = shape.batch * shape.groups * -(-shape.group * shape.tokens // config.block_m)
+    splits = max(1, 2 * shape.device.multiprocessors // programs)
+    unit = math.lcm(config.block_n, shape.page or 1)
+    return max(config.chunk, -(-shape.slots // (splits * unit)) * unit)
+
+
+def _step_config(shape: AttendShape) -> AttendConfig:
     shapes, trial = _ASKED.get(), _TRYING.get()
     if shapes is not None:
         shapes.append(shape)

@@ -27,8 +27,8 @@ import triton.language as tl
 from graphwright.ir.codecs import PageShape
 from graphwright.ir.errors import CodecError
 from graphwright.kernels.triton.append import EXACT
-from graphwright.kernels.triton.attention import Side
 from graphwright.kernels.triton.launch import Launch
+from graphwright.kernels.triton.sides import Side
 from graphwright.kernels.triton.tiles import TileCodec, tile_codec
 
 #: Numbers of a page of one head that a program holds, padded.

@@ -52,13 +52,15 @@ class Launch:
             return
         if 0 in self.grid:
             return
-        self.kernel[self.grid](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            **self.options,
-        )
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(next(tensor for _, tensor in flat_tensors(self.arguments))):
+            self.kernel[self.grid](
+                **self.arguments,
+                **self.constants,
+                num_warps=self.num_warps,
+                num_stages=self.num_stages,
+                **self.options,
+            )
 
 
 @contextmanager

@@ -18,13 +18,12 @@ import triton.language as tl
 
 from graphwright.ir.errors import InputError
 from graphwright.kernels.registry import implements
-from graphwright.kernels.triton.configs import device_facts
+from graphwright.kernels.triton.configs import MAX_STEP, device_facts
 from graphwright.kernels.triton.launch import Launch
 from graphwright.kernels.triton.skinny import ROWS, linear_config, multiply, row_tiles_of
 
 PROVIDER = "triton"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_STEP = 64  # tokens of a step; more are a prompt
 
 
 @triton.jit

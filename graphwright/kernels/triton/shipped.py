@@ -113,7 +113,7 @@ def _step(tokens: int, scale: float, tree: bool = False, **more: Any) -> dict[st
 def _dense(
     width: int, group: int, tokens: int, dtype: torch.dtype = _BF16, sinks: bool = False, **more: Any
 ) -> object:
-    from graphwright.kernels.triton.attention import cache_attention
+    from graphwright.kernels.triton.attention_ops import cache_attention
 
     groups = 8
     q = _new(_BATCH, groups * group, tokens, width, dtype=dtype)

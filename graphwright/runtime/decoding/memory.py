@@ -9,8 +9,8 @@ import torch
 
 from graphwright.ir.errors import OutOfMemoryError
 
-#: What torch's allocator for CPUs and the system say; those errors have no class of their own.
-_MESSAGES = ("not enough memory", "can't allocate memory", "cannot allocate memory")
+#: What torch's allocator for CPUs, the system and CUDA's driver say; those errors have no class of their own.
+_MESSAGES = ("not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ _OPTIONS: dict[str, Any] = {
     "size_asserts": False,  # the pieces are split from one graph whose metadata is verified
     "alignment_asserts": False,
     "force_pointwise_cat": True,  # rotary halves written in one loop
+    "triton.cudagraphs": False,  # whole steps are recorded, whatever the caller's environment says
 }
 
 
@@ -44,6 +45,7 @@ def compile_piece(piece: Piece) -> Runner:
     load instead of compile.
     """
     # A second to import, which what is only planned need not spend.
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
@@ -55,7 +57,9 @@ def compile_piece(piece: Piece) -> Runner:
         fakes.append(_distinct(node.meta["val"]))
     mode = fakes[0].fake_mode
     with torch.no_grad(), mode, tracing(TracingContext(mode)), V.set_fake_mode(mode):
-        traced = make_fx(module, decomposition_table=select_decomp_table())(*fakes)
+        # With the dispatcher in Python: torch 2.11 would fix symbolic sizes in some ops' C++ bodies.
+        with enable_python_dispatcher():
+            traced = make_fx(module, decomposition_table=select_decomp_table())(*fakes)
         traced.graph.eliminate_dead_code(is_impure_node=is_impure)
         with inductor_config.patch(_OPTIONS):
             compiled = compile_fx_inner(traced, fakes)
