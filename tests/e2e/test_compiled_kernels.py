@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_the_report_names_the_kernels_of_the_target(fast: Any) -> None:
     uses = " ".join(row["ops"] for row in about["kernels"])
     # Two layers: one append and one attention each, in every kind of step.
     for step in ("decode", "verify", "prefill"):
-        assert f"attention x 2 ({step}" in uses
+        assert re.search(rf"attention x 2 \([^)]*{step}", uses)
     assert all(row["error"] == "" and row["spill_bytes"] == 0 < row["registers"] for row in about["kernels"])
     assert [row["binary_bytes"] for row in about["kernels"]] == [len(c.binary) for c in fast.compiled.kernels]
     assert [d.reason for d in fast.report.decisions if d.pass_name == "lower"] == [

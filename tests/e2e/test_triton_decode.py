@@ -79,9 +79,9 @@ def test_tokens_are_the_cpu_programs(
 @pytest.mark.parametrize("passes", [[PLACE], [PLACE, PACK]], ids=["plain", "packed"])
 def test_drafts_change_no_token(passes: list[str], on_triton: set[str]) -> None:
     program = PackedModel(full_model()).program(passes)
-    without = generate(program, [33, 50], new=10)
+    without = generate(program, [44], new=10)
     program.speculation = drafting()
-    assert torch.equal(generate(program, [33, 50], new=10), without)
+    assert torch.equal(generate(program, [44], new=10), without)
     assert program.stats()["accepted"] > 0
 
 
