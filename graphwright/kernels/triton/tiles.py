@@ -2,7 +2,7 @@
 
 A part that kernels can fuse registers here, from a module of its family in ``parts/``: a quantizer as a
 :class:`LevelTile`, a scaling as a :class:`ScaleTile`. Orthogonal maps need nothing: queries and results
-are turned instead (:mod:`graphwright.kernels.triton.turn`). :func:`tile_codec` puts the tiles of a codec
+are turned instead (``combine.py``). :func:`tile_codec` puts the tiles of a codec
 together, and :func:`obstacle` says why there is none.
 
 Conventions of device functions. ``row`` is the number of a page of one head, ``(b * N + place) * G + g``,
