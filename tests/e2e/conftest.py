@@ -11,7 +11,10 @@ import torch._dynamo
 
 from graphwright.optimizer import backend
 from graphwright.runtime.model import OptimizedModel
+from graphwright.runtime.program import Program
 from tests.e2e.fake_program import ReferenceProgram, tiny_model
+from tests.e2e.graph_stand_in import PACKED, PLAIN, Make
+from tests.e2e.packed_programs import PackedModel, full_model, windowed_model
 
 # What the generation tests run on: "real" compiles with graphwright.optimize, "fake" recomputes.
 PROGRAMS = ["real"]
@@ -73,3 +76,22 @@ def op_by_op(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
     monkeypatch.setattr(backend, "_inductor", run_as_is)
     return handed
+
+
+@pytest.fixture(scope="module")
+def make() -> Make:
+    """``make(kind)``: a program without graphs and its stock model."""
+    labs: dict[str, PackedModel] = {}
+    programs: dict[str, Program] = {}
+
+    def build(kind: str) -> tuple[Program, Any]:
+        of = "windowed" if "windowed" in kind else "full"
+        if of not in labs:
+            labs[of] = PackedModel(windowed_model() if of == "windowed" else full_model())
+        if kind not in programs:
+            made = labs[of].program(PACKED if "packed" in kind else PLAIN).program
+            assert isinstance(made, Program)
+            programs[kind] = made
+        return programs[kind], labs[of].model
+
+    return build

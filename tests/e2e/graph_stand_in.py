@@ -13,6 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from graphwright.runtime.model import OptimizedModel
 from graphwright.runtime.program import Program
+from graphwright.runtime.storage import State
+from tests.e2e.packed_programs import PAGE, random_text
+
+PLAIN = ("place_cache{cut=kv}",)
+PACKED = (*PLAIN, f"quantize_cache{{codec=int,bits=8,page={PAGE},first=3,recent=5}}")
+KINDS = ["dense", "windowed", "packed", "windowed packed"]
+
+Make = Callable[[str], tuple[Program, Any]]
 
 _READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "masked_select")
 
@@ -130,3 +138,17 @@ def as_model(program: Any, model: Any, speculation: Any = None) -> OptimizedMode
     """``generate`` on a program of a stock model."""
     own = {"config": model.config, "generation_config": model.generation_config}
     return OptimizedModel(program, speculation=speculation, **own)
+
+
+def prefilled(program: Program, lengths: tuple[int, ...] = (30, 17)) -> State:
+    """A state of two rows."""
+    state = program.allocate(len(lengths), 200)
+    program.prefill(state, random_text(len(lengths), max(lengths)), torch.tensor(lengths))
+    return state
+
+
+def step(program: Program, state: State, width: int, **options: Any) -> torch.Tensor:
+    """A step of ``width`` tokens in the first row and half as many in the second."""
+    return program.step(
+        state, random_text(2, width, seed=width), torch.tensor([width, width // 2]), **options
+    )
