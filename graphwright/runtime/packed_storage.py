@@ -27,11 +27,23 @@ def page_kernel(codec: str, shape: PageShape, device: str) -> Callable[..., None
         return None
     from graphwright.kernels import triton
 
-    if not triton.available()[0]:
+    if not triton.available()[0] or packing_obstacle(codec, shape) is not None:
         return None
-    from graphwright.kernels.triton.encode import encode_obstacle, encode_pages
+    from graphwright.kernels.triton.encode import encode_pages
 
-    return encode_pages if encode_obstacle(codec, shape) is None else None
+    return encode_pages
+
+
+def packing_obstacle(codec: str, shape: PageShape) -> str | None:
+    """Why no kernel packs such pages on GPUs; None if one does."""
+    from graphwright.kernels import triton
+
+    reason = triton.installed()
+    if reason is not None:
+        return reason
+    from graphwright.kernels.triton.encode import encode_obstacle
+
+    return encode_obstacle(codec, shape)
 
 
 @dataclass(frozen=True)

@@ -116,3 +116,15 @@ def test_who_packs_pages() -> None:
     assert packed_storage.page_kernel(known, shape, "cuda") is not None
     assert packed_storage.page_kernel(unknown, shape, "cuda") is None
     assert packed_storage.page_kernel(known, shape, "cpu") is None
+
+
+@pytest.mark.parametrize(("codec", "sites"), [("int,bits=4", 0), ("gear,bits=2", 4)])
+def test_pages_that_the_reference_packs_are_reported(codec: str, sites: int) -> None:
+    """On a GPU; on the CPU the reference packs everything, and nothing is lost."""
+    graph, _ = PackedModel(full_model()).rewrite([PLACE, f"quantize_cache{{codec={codec},page={PAGE}}}"])
+    with registry.assuming_available("triton"):
+        uses = lower(graph, torch.device("cuda"), LoweringOptions(compile=False)).kernels
+    assert sum(use.sites for use in uses if use.op == "pack pages") == sites
+    assert all(use.provider == "reference" and use.reason for use in uses if use.op == "pack pages")
+    assert not [use for use in lower(graph, torch.device("cpu"), LoweringOptions(compile=False)).kernels
+                if use.op == "pack pages"]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from graphwright.runtime.lowering.kernels import (
 from graphwright.runtime.lowering.rows import row_wise_input
 from graphwright.runtime.lowering.split import Piece, split_layers
 from graphwright.runtime.lowering.stream import packed_layouts, stream_reads
-from graphwright.runtime.packed_storage import PackedLayout
+from graphwright.runtime.packed_storage import PackedLayout, packing_obstacle
 
 Progress = Callable[[str, float], None]
 
@@ -98,9 +99,18 @@ def lower(
     pieces = split_layers(graph)
     runners, distinct = _runners(pieces, options, progress)
     step = _assemble(graph, pieces, runners)
-    step.kernels, step.prepared_bytes, step.packed = kernels, prepared, packed_layouts(graph)
+    step.packed = packed_layouts(graph)
+    if device.type == "cuda":
+        kernels += _packed_by_reference(step.packed)
+    step.kernels, step.prepared_bytes = kernels, prepared
     step.structures, step.compiled = (distinct, len(pieces)), options.compile
     return step
+
+
+def _packed_by_reference(layouts: Sequence[PackedLayout]) -> list[KernelUse]:
+    """Stores whose pages no kernel packs, by the reason: packing is no node of the graph."""
+    reasons = Counter(packing_obstacle(str(layout.codec), layout.shape) for layout in layouts)
+    return [KernelUse("pack pages", REFERENCE, n, reason) for reason, n in reasons.items() if reason]
 
 
 def _runners(
