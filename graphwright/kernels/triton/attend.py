@@ -205,7 +205,7 @@ def attend(
     if PAGED and split < page_splits:
         lift = LIFTED
         rows = b.to(tl.int64) * turned_batch_stride + head * turned_head_stride + t_row * turned_token_stride
-        query = load_rows(turned + rows[:, None], inside[:, None], 0, K_PARTS, KEY_WIDTH, KEY_TILE)
+        query = load_rows(turned + rows[:, None], inside[:, None], K_PARTS, KEY_WIDTH, KEY_TILE)
         peak = total
         query_sum = total
         if K_FLOAT:
@@ -241,7 +241,7 @@ def attend(
             )  # fmt: skip
     else:
         plain_rows = b.to(tl.int64) * batch_stride + head * head_stride + t_row * token_stride
-        plain = load_rows(q + plain_rows[:, None], inside[:, None], 0, K_PARTS, KEY_WIDTH, KEY_TILE)
+        plain = load_rows(q + plain_rows[:, None], inside[:, None], K_PARTS, KEY_WIDTH, KEY_TILE)
         visible = tl.zeros([BLOCK_M], tl.int64)
         if TREE:
             visible = tl.load(tree + b * tokens + t_row, mask=inside, other=0)

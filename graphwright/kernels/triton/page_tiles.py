@@ -12,15 +12,13 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(
-    pointers, inside, OFFSET: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
-):
+def load_rows(pointers, inside, PARTS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """``PARTS`` equal runs of the features of a tile of rows, each padded to ``TILE`` with zeros."""
     RUN: tl.constexpr = WIDTH // PARTS
     d = tl.arange(0, TILE)[None, :]
     parts = ()
     for i in tl.static_range(PARTS):
-        parts = parts + (tl.load(pointers + (OFFSET + i * RUN) + d, mask=inside & (d < RUN), other=0.0),)
+        parts = parts + (tl.load(pointers + i * RUN + d, mask=inside & (d < RUN), other=0.0),)
     return parts
 
 
