@@ -9,13 +9,14 @@ its true, packed dtype: the bytes of the buffers are the bytes of the cache.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 import torch
+
+from graphwright.ir.spelling import spell
 
 Buffers = dict[str, torch.Tensor]
 Constants = Mapping[str, torch.Tensor]
@@ -63,12 +64,7 @@ class Part(ABC):
         return {}
 
     def __str__(self) -> str:
-        changed = [
-            f"{f.name}={getattr(self, f.name)}"
-            for f in dataclasses.fields(self)
-            if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
-        ]
-        return f"{self.name}({', '.join(changed)})" if changed else self.name
+        return spell(self)
 
 
 class Transform(Part):
