@@ -75,3 +75,11 @@ class ProgramBusyError(GraphwrightError):
 
 class CodecError(GraphwrightError, ValueError):
     """A codec does not parse, or cannot store what it is given."""
+
+
+class SelectorError(GraphwrightError, ValueError):
+    """A selector of cached tokens does not parse, or cannot serve what it is given."""
+
+
+class MaskError(GraphwrightError, ValueError):
+    """A mask of a long step does not parse, or its sizes make no mask."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from graphwright.cost_model.target import targets as _targets
 from graphwright.ir.codecs import registered_parts
 from graphwright.ir.codecs.methods import methods
+from graphwright.ir.evictors import registered_evictors as _evictors
+from graphwright.ir.selectors import registered_selectors as _selectors
 from graphwright.passes.base import describe_passes
 from graphwright.runtime.speculation import drafters as _drafters
 
@@ -32,5 +34,12 @@ def codecs() -> dict[str, str]:
 
 
 def selectors() -> dict[str, str]:
-    """Which cached tokens attention reads: all of them so far."""
-    return {"all": "every token in the cache (or in the layer's window)"}
+    """Which cached tokens attention reads, and which ones a cache keeps (named by their pass)."""
+    known = sorted(_selectors().items())
+    chosen = {name: f"{selector.summary} ({selector.source})" for name, selector in known}
+    evicting = {
+        f"evict_tokens{{method={name}}}": f"eviction: {evictor.summary}"
+        + (f" ({evictor.source})" if evictor.source else "")
+        for name, evictor in sorted(_evictors().items())
+    }
+    return {"all": "every token in the cache (or in the layer's window)", **evicting, **chosen}

@@ -77,9 +77,10 @@ class Reference:
         step: tokens of a row in one step.
         keep_bytes: most memory for its logits. If they need more, the exact program runs again beside
             each program that is measured.
+        prompt: tokens at the start of each row that both programs run as a prompt, and that are not compared.
 
     Raises:
-        InputError: no row has two tokens.
+        InputError: no row has two tokens, or none after its prompt.
     """
 
     def __init__(
@@ -89,17 +90,23 @@ class Reference:
         *,
         step: int = STEP_TOKENS,
         keep_bytes: int = _KEEP_BYTES,
+        prompt: int = 0,
     ) -> None:
-        rows = [row for row in rows if len(row) > 1]
+        rows = [row for row in rows if len(row) > prompt + 1]
         if not rows:
             raise InputError(
-                "there is nothing to measure on: no row has two tokens",
+                "there is nothing to measure on: no row has two tokens after its prompt"
+                if prompt
+                else "there is nothing to measure on: no row has two tokens",
                 where="calibration",
                 hint="pass longer texts, or leave calibration out for the embedded one",
             )
         self._program, self._step = program, step
-        self._batches = [_Batch(rows[i : i + _ROWS], program.device) for i in range(0, len(rows), _ROWS)]
-        needed = sum(b.tokens.numel() for b in self._batches) * program.vocab_size * program.dtype.itemsize
+        self._batches = [
+            _Batch(rows[i : i + _ROWS], program.device, prompt) for i in range(0, len(rows), _ROWS)
+        ]
+        compared = sum(b.tokens[:, prompt:].numel() for b in self._batches)
+        needed = compared * program.vocab_size * program.dtype.itemsize
         self._kept: list[list[torch.Tensor]] | None = [] if needed <= keep_bytes else None
 
     def measure(self, program: Program) -> Quality:
@@ -114,7 +121,8 @@ class Reference:
     def _compare(self, index: int, program: Program, totals: _Totals) -> None:
         batch = self._batches[index]
         pairs = zip(self._logits(index), batch.run(program, self._step), strict=True)
-        for start, (expected, actual) in zip(range(0, batch.width, self._step), pairs, strict=True):
+        starts = range(batch.prompt, batch.width, self._step)
+        for start, (expected, actual) in zip(starts, pairs, strict=True):
             for row, count in enumerate(batch.counts(start, self._step).tolist()):
                 if count:
                     targets = batch.targets[row, start : start + count]
@@ -132,9 +140,13 @@ class Reference:
 
 
 class _Batch:
-    """Rows side by side: inputs ``[R, T]``, the tokens that follow them, and how many are valid."""
+    """Rows side by side: inputs ``[R, T]``, the tokens that follow them, and how many are valid.
 
-    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device) -> None:
+    The first ``prompt`` of each run as a prompt; every row is longer.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device, prompt: int = 0) -> None:
+        self.prompt = prompt
         self.lengths = torch.tensor([len(row) - 1 for row in rows], dtype=torch.int64, device=device)
         self.width = int(self.lengths.max())
         padded = [list(row) + [0] * (self.width + 1 - len(row)) for row in rows]
@@ -146,9 +158,11 @@ class _Batch:
         return (self.lengths - start).clamp(0, min(step, self.width - start))
 
     def run(self, program: Program, step: int) -> Iterator[torch.Tensor]:
-        """Logits ``[R, t, V]`` of each step, through the program's own cache."""
+        """Logits ``[R, t, V]`` of each step after the prompt, through the program's own cache."""
         state = program.allocate(len(self.lengths), self.width)
-        for start in range(0, self.width, step):
+        if self.prompt:
+            program.prefill(state, self.tokens[:, : self.prompt], torch.full_like(self.lengths, self.prompt))
+        for start in range(self.prompt, self.width, step):
             counts = self.counts(start, step)
             yield program.step(state, self.tokens[:, start : start + step].contiguous(), counts)
             state.commit(counts)

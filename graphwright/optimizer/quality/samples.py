@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 
@@ -20,15 +21,18 @@ class StoreSamples:
     Args:
         make_program: lowers a graph, op by op.
         rows: gives the token ids; called when samples are first asked for.
+        ends: gives which tokens end a sentence, ``[V]`` bool; called when that is first asked for.
     """
 
     def __init__(
         self,
         make_program: Callable[[Graph], Program],
         rows: Callable[[], Sequence[Sequence[int]]],
+        ends: Callable[[], torch.Tensor | None] = lambda: None,
     ) -> None:
         self._make_program, self._rows = make_program, rows
         self._known: dict[str, torch.Tensor] = {}
+        self.ends = cache(ends)
 
     def __call__(self, graph: Graph) -> Mapping[str, torch.Tensor]:
         """``[B, G, tokens, D]`` by store, for every store of ``graph`` that is not packed; kept.

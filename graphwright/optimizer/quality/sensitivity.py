@@ -76,6 +76,7 @@ def measure_sensitivities(
     make_program: Callable[[Graph], Program],
     groups: int | None = None,
     step: int = STEP_TOKENS,
+    prompt: int = 0,
     progress: Progress | None = None,
     store: SensitivityStore | None = None,
 ) -> dict[Key, Sensitivity]:
@@ -97,6 +98,7 @@ def measure_sensitivities(
         make_program: lowers a graph, op by op: compiling would take longer than measuring.
         groups: measure contiguous sites together; None measures each site by itself.
         step: tokens of a row in one step.
+        prompt: tokens at the start of each row that run as a prompt and are not compared.
         progress: called with a label and the share that is done.
         store: where results are kept; by default a file for these weights and this text.
 
@@ -114,7 +116,8 @@ def measure_sensitivities(
         )
     if not options:
         return {}
-    store = store or SensitivityStore(store_key(graph, calibration.fingerprint, step))
+    text = f"{calibration.fingerprint} after {prompt}" if prompt else calibration.fingerprint
+    store = store or SensitivityStore(store_key(graph, text, step))
     found: dict[Key, Sensitivity] = {}
     reference: Reference | None = None
     bundles = list(_bundles(options, groups))
@@ -127,7 +130,7 @@ def measure_sensitivities(
         if progress is not None:
             progress(_label(missing), index / len(bundles))
         if reference is None:
-            reference = Reference(make_program(graph), calibration.rows, step=step)
+            reference = Reference(make_program(graph), calibration.rows, step=step, prompt=prompt)
         result = _measure(graph, missing, reference, make_program)
         found.update({option.key: result for option in missing})
         store.add({_name(option): result for option in missing})
