@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from graphwright.ir.page_lists import listed_tokens
+
 NAMESPACE = "graphwright"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -248,14 +250,15 @@ def _attend(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Masked softmax attention in float32; ``visible [B, T, S]`` says which keys a query sees."""
+    """Masked softmax attention in float32; ``visible [B, T, S]`` or ``[B, T, G, S]``: which keys are seen."""
     batch, heads, tokens, _ = q.shape
     groups = k.shape[1]
     grouped = q.float().view(batch, groups, heads // groups, tokens, -1)
     scores = torch.einsum("bghtd,bgsd->bghts", grouped, k.float()) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    seen = visible[:, None] if visible.dim() == 3 else visible.transpose(1, 2)  # [B, 1 or G, T, S]
+    scores = scores.masked_fill(~seen[:, :, None], float("-inf"))
     top = scores.amax(-1, keepdim=True)
     sink = None if sinks is None else sinks.float().view(1, groups, heads // groups, 1, 1)
     if sink is not None:
@@ -366,7 +369,8 @@ def _cache_attention_fake(q, keys, values, *rest, **kw):  # type: ignore[no-unty
 
 @semantic_op(
     "cache_attention(Tensor q, Tensor keys, Tensor values, Tensor positions, Tensor lengths, Tensor counts, "
-    "Tensor tree, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    "Tensor tree, float scale, int window=0, float softcap=0.0, Tensor? sinks=None, Tensor? pages=None, "
+    "Tensor? chosen=None, int page=0, int first=0) -> Tensor",
     fake=_cache_attention_fake,
 )
 def cache_attention(
@@ -381,6 +385,10 @@ def cache_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
+    page: int = 0,
+    first: int = 0,
 ) -> torch.Tensor:
     """Attention of a step's tokens over a cache that already holds them (append runs first).
 
@@ -393,11 +401,17 @@ def cache_attention(
         tree: ``[B, T]`` int64; bit j of ``tree[b, t]`` says token t sees token j of the step (itself
             included), for T <= 63. ``[B, 0]`` means a chain: token t sees tokens 0..t of the step.
         scale, window, softcap, sinks: as in :func:`attention`.
+        pages: ``[B, T, G, N]`` int32 numbers of the pages that each query reads of each key/value head;
+            only for stores without a window. See :mod:`graphwright.ir.sparse_ops`.
+        chosen: ``[B, T, G]`` int32, how many of them; -1: everything.
+        page, first: tokens of a page, and before the first page, which everyone reads.
 
     Returns:
         ``[B, T, H, E]``, contiguous; zeros for padding rows t >= counts[b].
     """
     visible = cache_visibility(positions, lengths, counts, tree, keys.shape[2], window)
+    if pages is not None and chosen is not None:
+        visible = visible[:, :, None] & listed_tokens(pages, chosen, page, first, lengths, keys.shape[2])
     out = _attend(q, keys, values, visible, scale, softcap, sinks)
     valid = torch.arange(q.shape[2], device=q.device)[None, :] < counts[:, None]
     return out * valid[:, :, None, None].to(out.dtype)

@@ -22,6 +22,7 @@ import torch
 
 from graphwright.ir.codecs import Codec, PageShape, parse_codec
 from graphwright.ir.ops import cache_visibility, semantic_op
+from graphwright.ir.page_lists import listed_tokens
 
 #: Slots that the reference decodes at a time: what a step holds decompressed of one layer.
 TILE = 1024
@@ -170,6 +171,7 @@ def stream_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     width: int = TILE,
+    listed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``cache_attention`` over keys and values that exist one tile at a time.
 
@@ -179,24 +181,27 @@ def stream_attention(
         value_width: E.
         slots: S; the rest as in ``cache_attention``.
         width: slots of a tile.
+        listed: ``[B, T, G, S]`` bool, which of the visible tokens each query reads; None: all.
 
     Returns:
         ``[B, T, H, E]``.
     """
     batch, _, tokens, _ = q.shape
     used = min(slots, int((lengths + counts).max()))
-    visible = cache_visibility(positions, lengths, counts, tree, slots, window)
+    visible = cache_visibility(positions, lengths, counts, tree, slots, window)[:, :, None]
+    if listed is not None:
+        visible = visible & listed
     softmax = _RunningSoftmax(q, value_width, sinks)
     for start in range(0, used, width):
-        seen = visible[:, :, start : min(start + width, used)]
+        seen = visible[..., start : min(start + width, used)]
         if not bool(seen.any()):
             continue
-        keys, values = tile(start, start + seen.shape[2])
+        keys, values = tile(start, start + seen.shape[3])
         grouped = q.to(_SUMS).view(batch, keys.shape[1], -1, tokens, q.shape[3])
         scores = torch.einsum("bghtd,bgsd->bghts", grouped, keys.to(_SUMS)) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        softmax.add(scores.masked_fill(~seen[:, None, None], float("-inf")), values.to(_SUMS))
+        softmax.add(scores.masked_fill(~seen.transpose(1, 2)[:, :, None], float("-inf")), values.to(_SUMS))
     valid = torch.arange(tokens, device=q.device)[None, :] < counts[:, None]
     out = softmax.result() * valid[:, None, :, None]
     return out.transpose(1, 2).to(q.dtype).contiguous()
@@ -240,7 +245,8 @@ def _packed_fake(q, keys, key_constants, values, *rest, **kw):  # type: ignore[n
     "packed_attention(Tensor q, Tensor[] keys, Tensor[] key_constants, Tensor[] values, "
     "Tensor[] value_constants, Tensor slots, Tensor positions, Tensor lengths, Tensor counts, Tensor tree, "
     "str key_codec, int key_page, str value_codec, int value_page, float scale, int window=0, "
-    "float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    "float softcap=0.0, Tensor? sinks=None, Tensor? pages=None, Tensor? chosen=None, int page=0, "
+    "int first=0) -> Tensor",
     fake=_packed_fake,
 )
 def packed_attention(
@@ -262,6 +268,10 @@ def packed_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
+    page: int = 0,
+    first: int = 0,
 ) -> torch.Tensor:
     """``cache_attention`` over two packed stores, decoded a tile at a time.
 
@@ -277,6 +287,8 @@ def packed_attention(
         k, v = (read_tile(store, lengths, counts, size, start, stop) for store in stores)
         return k, v
 
-    return stream_attention(
-        q, tile, values[1].shape[3], size, positions, lengths, counts, tree, scale, window, softcap, sinks
-    )
+    listed = None
+    if pages is not None and chosen is not None:
+        listed = listed_tokens(pages, chosen, page, first, lengths, size)
+    step = (positions, lengths, counts, tree, scale, window, softcap, sinks)
+    return stream_attention(q, tile, values[1].shape[3], size, *step, listed=listed)
