@@ -19,6 +19,7 @@ from tests.numerics import inputs
 TOLERANCE = {torch.float32: (2e-5, 1e-5), torch.bfloat16: (2e-2, 2**-7)}
 DTYPES = tuple(TOLERANCE)
 OPS = sorted({k.op_name for k in registry.kernels() if k.provider == "cpp"})
+NUMBERS = [op for op in OPS if op != "choose_pages"]  # lists have undefined ends: test_sparse_kernels.py
 
 
 def wide(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def test_the_cpp_kernels_build_here() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op_name", OPS)
+@pytest.mark.parametrize("op_name", NUMBERS)
 def test_kernel_equals_reference(op_name: str, dtype: torch.dtype) -> None:
     absolute, relative = TOLERANCE[dtype]
     for name, arguments in inputs.CASES[op_name](dtype):
@@ -78,7 +79,10 @@ def test_kernel_equals_reference(op_name: str, dtype: torch.dtype) -> None:
         expected = run(SEMANTIC_OPS[op_name].overload, wide(arguments), op_name)
         assert len(found) == len(expected)
         for mine, reference in zip(found, expected, strict=True):
-            assert mine.dtype == dtype and mine.shape == reference.shape and mine.is_contiguous()
+            # A result that does not follow the inputs' dtype has the reference's.
+            own = dtype if reference.dtype == torch.float64 else reference.dtype
+            assert mine.dtype == own and mine.shape == reference.shape and mine.is_contiguous()
+            reference = reference.double()
             mine = mine.double().nan_to_num() if mutated(op_name) and mine.isnan().any() else mine.double()
             torch.testing.assert_close(
                 mine, reference, atol=absolute, rtol=relative, msg=lambda m, n=name: f"{n}: {m}"

@@ -83,7 +83,7 @@ def test_list_of_kernels() -> None:
     listed = {k.op_name for k in registry.kernels() if k.provider == "cpp"}
     assert listed == {
         "linear", "linear_group", "routed_linear", "cache_append", "cache_attention", "append_attention",
-        "packed_attention",
+        "packed_attention", "prefix_attention", "score_pages", "choose_pages",
     }  # fmt: skip
     assert {k.op_name for k in registry.kernels("linear")} == {"linear"}
     assert "cpp" in [p.name for p in registry.providers()]

@@ -13,6 +13,8 @@ import torch
 
 from graphwright.kernels.cpp import build
 from graphwright.kernels.cpp.packed import supports_packed_attention
+from graphwright.kernels.cpp.prefix import supports_prefix_attention
+from graphwright.kernels.cpp.sparse import lists_reason, supports_choose_pages, supports_score_pages
 from graphwright.kernels.registry import implements_compiled, register_provider
 
 PROVIDER = "cpp"
@@ -74,10 +76,17 @@ def _store_reason(store: torch.Tensor) -> str | None:
 
 
 def supports_cache_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **_: Any
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int = 0,
+    pages: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
+    **_: Any,
 ) -> str | None:
     """None when ``cache_attention`` takes these, else the reason."""
-    return _store_reason(keys) or _store_reason(values) or _dtype_reason(q, keys, values)
+    stores = _store_reason(keys) or _store_reason(values) or _dtype_reason(q, keys, values)
+    return stores or lists_reason(pages, chosen, window)
 
 
 def supports_append_attention(
@@ -99,3 +108,6 @@ implements_compiled("cache_append", PROVIDER, supports_cache_append)
 implements_compiled("cache_attention", PROVIDER, supports_cache_attention)
 implements_compiled("append_attention", PROVIDER, supports_append_attention)
 implements_compiled("packed_attention", PROVIDER, supports_packed_attention)
+implements_compiled("score_pages", PROVIDER, supports_score_pages)
+implements_compiled("choose_pages", PROVIDER, supports_choose_pages)
+implements_compiled("prefix_attention", PROVIDER, supports_prefix_attention)

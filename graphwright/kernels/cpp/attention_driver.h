@@ -35,14 +35,15 @@ struct Item {
   Run run[MAX_SEGMENTS];
   RowTile tile[GROUP_TILES];
 
+  // Rows [from, to) of a sequence and a group.
   template <class Cache>
-  void fill(const AttentionArgs<T>& a, const Cache& cache, int64_t index, int64_t row_groups, int64_t all_tiles) {
-    const int64_t part = index % row_groups;
-    group = index / row_groups % a.groups;
-    seq = sequence_of(a, index / row_groups / a.groups);
+  void fill(const AttentionArgs<T>& a, const Cache& cache, const Sequence& of, int64_t of_group, int64_t from,
+            int64_t to) {
+    seq = of;
+    group = of_group;
     int64_t lo = std::numeric_limits<int64_t>::max(), hi = 0;
-    for (int64_t t = part * GROUP_TILES; t < std::min(all_tiles, (part + 1) * GROUP_TILES); ++t) {
-      tile[tiles] = tile_of(a, seq, group, t);
+    for (int64_t r = from; r < to; r += TILE) {
+      tile[tiles] = tile_of(a, seq, group, r, to);
       lo = std::min(lo, tile[tiles].lo);
       hi = std::max(hi, tile[tiles].hi);
       ++tiles;
@@ -60,6 +61,24 @@ struct Item {
     int i = runs - 1;
     while (run[i].start > piece) --i;
     return run[i];
+  }
+};
+
+constexpr int64_t ITEM_ROWS = GROUP_TILES * TILE;
+
+// The items of a step whose rows all read the same tokens of their sequence, as far as they see them.
+template <class T>
+struct Rows {
+  const AttentionArgs<T>& a;
+  int64_t rows, parts;  // of a sequence and group
+  explicit Rows(const AttentionArgs<T>& a)
+      : a(a), rows(a.heads / a.groups * a.tokens), parts((rows + ITEM_ROWS - 1) / ITEM_ROWS) {}
+  int64_t count() const { return a.batch * a.groups * parts; }
+  template <class Cache>
+  void fill(Item<T>& item, const Cache& cache, int64_t index) const {
+    const int64_t from = index % parts * ITEM_ROWS;
+    item.fill(a, cache, sequence_of(a, index / parts / a.groups), index / parts % a.groups, from,
+              std::min(rows, from + ITEM_ROWS));
   }
 };
 
@@ -115,9 +134,20 @@ void compute(const AttentionArgs<T>& a, const Item<T>& item, int t, const Piece&
   engine.weigh(tile.count, scores, out.weighted());
 }
 
+// A cache may begin a tile with a result that it has already, and keep a tile's result instead of writing it out.
+template <class T, class Cache>
+void begin_tile(const Cache& cache, const Item<T>& item, int t, const Partial& state) {
+  if constexpr (requires { cache.begin(item.seq, item.tile[t], state); }) cache.begin(item.seq, item.tile[t], state);
+}
+template <class T, class Cache>
+void finish_tile(const AttentionArgs<T>& a, const Cache& cache, const Item<T>& item, int t, const Partial& state) {
+  if constexpr (requires { cache.finish(item.seq, item.tile[t], state); }) cache.finish(item.seq, item.tile[t], state);
+  else finish(a, item.seq, item.tile[t], state);
+}
+
 // Enough rows for all threads: each task goes through its pieces in order.
-template <class T, class Cache, class Engine>
-void run_by_rows(const AttentionArgs<T>& a, const Cache& cache, int64_t items, int64_t row_groups, int64_t tiles) {
+template <class T, class Cache, class Engine, class Items>
+void run_by_rows(const AttentionArgs<T>& a, const Cache& cache, const Items& items) {
   const int64_t width = round_up(a.e, 16), size = Partial::size(width);
   const int states = cache.states();
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
@@ -129,11 +159,12 @@ void run_by_rows(const AttentionArgs<T>& a, const Cache& cache, int64_t items, i
     const Partial part{base + size * GROUP_TILES * states, width};
     const auto state = [=](int t, int s) { return Partial{base + size * (t * states + s), width}; };
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t index = items - 1; index >= 0; --index) {  // the longest causal rows first
+    for (int64_t index = items.count() - 1; index >= 0; --index) {  // the longest causal rows first
       Item<T> item;
-      item.fill(a, cache, index, row_groups, tiles);
+      items.fill(item, cache, index);
       load_queries(a, cache, work, item, engine);
       for (int i = 0; i < item.tiles * states; ++i) clear({base + size * i, width});
+      for (int t = 0; t < item.tiles; ++t) begin_tile(cache, item, t, state(t, 0));
       for (int64_t number = 0; number < item.pieces; ++number) {
         const Piece piece(item, number);
         cache.stage(engine, work, item.seq, item.group, piece.segment, piece.chunk);
@@ -145,26 +176,32 @@ void run_by_rows(const AttentionArgs<T>& a, const Cache& cache, int64_t items, i
       }
       for (int t = 0; t < item.tiles; ++t) {
         cache.gather(work, item.group, item.tile[t].count, state(t, 0), state(t, states - 1));
-        finish(a, item.seq, item.tile[t], state(t, 0));
+        finish_tile(a, cache, item, t, state(t, 0));
       }
     }
   }
 }
 
 // Few rows: pieces are spread over the threads, their partial results merged in order afterwards.
-template <class T, class Cache, class Engine>
-void run_by_chunks(const AttentionArgs<T>& a, const Cache& cache, int64_t count, int64_t row_groups, int64_t tiles) {
+template <class T, class Cache, class Engine, class Items>
+void run_by_chunks(const AttentionArgs<T>& a, const Cache& cache, const Items& all) {
+  const int64_t count = all.count();
   const int64_t width = round_up(a.e, 16), size = Partial::size(width);
   const int states = cache.states();
   static thread_local Scratch item_memory, state_memory, part_memory;
   Item<T>* items = item_memory.get<Item<T>>(count);
   int64_t pieces = 0;
   for (int64_t i = 0; i < count; ++i) {
-    (new (items + i) Item<T>())->fill(a, cache, i, row_groups, tiles);
+    all.fill(*new (items + i) Item<T>(), cache, i);
     pieces = std::max(pieces, items[i].pieces);
   }
   float* base = state_memory.get<float>(count * GROUP_TILES * states * size);
-  for (int64_t i = 0; i < count * GROUP_TILES * states; ++i) clear({base + i * size, width});
+  for (int64_t i = 0; i < count; ++i)
+    for (int t = 0; t < items[i].tiles; ++t) {
+      float* state = base + (i * GROUP_TILES + t) * states * size;
+      for (int s = 0; s < states; ++s) clear({state + s * size, width});
+      begin_tile(cache, items[i], t, {state, width});
+    }
   const int64_t wave = std::max<int64_t>(1, std::min(WAVE, pieces));
   float* parts = part_memory.get<float>(count * wave * GROUP_TILES * size);
   const auto part = [=](int64_t item, int64_t piece, int t) {
@@ -202,30 +239,31 @@ void run_by_chunks(const AttentionArgs<T>& a, const Cache& cache, int64_t count,
         }
         if (start + wave < pieces) continue;
         cache.gather(work, item.group, item.tile[t].count, state(0), state(states - 1));
-        finish(a, item.seq, item.tile[t], state(0));
+        finish_tile(a, cache, item, t, state(0));
       }
     }
   }
 }
 
-template <class T, class Cache, class Engine>
-void run(const AttentionArgs<T>& a, const Cache& cache) {
-  const int64_t tiles = (a.heads / a.groups * a.tokens + TILE - 1) / TILE;
-  const int64_t row_groups = (tiles + GROUP_TILES - 1) / GROUP_TILES;
-  const int64_t items = a.batch * a.groups * row_groups;
-  if (items >= 4 * a.threads) run_by_rows<T, Cache, Engine>(a, cache, items, row_groups, tiles);
-  else run_by_chunks<T, Cache, Engine>(a, cache, items, row_groups, tiles);
+template <class T, class Cache, class Engine, class Items>
+void run(const AttentionArgs<T>& a, const Cache& cache, const Items& items) {
+  if (items.count() >= 4 * a.threads) run_by_rows<T, Cache, Engine>(a, cache, items);
+  else run_by_chunks<T, Cache, Engine>(a, cache, items);
 }
 
 // With the engine that serves this machine and this width.
-template <class T, class Cache>
-void attend(const AttentionArgs<T>& a, const Cache& cache) {
+template <class T, class Cache, class Items>
+void attend(const AttentionArgs<T>& a, const Cache& cache, const Items& items) {
 #ifdef GW_AMX
   if constexpr (std::is_same_v<T, bf16>) {
-    if (TileEngine::takes(a.d)) return run<T, Cache, TileEngine>(a, cache);
+    if (TileEngine::takes(a.d)) return run<T, Cache, TileEngine>(a, cache, items);
   }
 #endif
-  run<T, Cache, FloatEngine<T>>(a, cache);
+  run<T, Cache, FloatEngine<T>>(a, cache, items);
+}
+template <class T, class Cache>
+void attend(const AttentionArgs<T>& a, const Cache& cache) {
+  attend(a, cache, Rows<T>(a));
 }
 
 }  // namespace gw

@@ -10,6 +10,7 @@ namespace gw {
 template <class T>
 class FloatEngine {
  public:
+  static constexpr bool ASKS_AHEAD = false;  // for what follows the chunk that is staged
   FloatEngine(int64_t d, int64_t e, int tiles) : d_(d), e_(e), dp_(round_up(d, 16)), ep_(round_up(e, 16)) {
     q_ = queries_.get<float>(tiles * TILE * dp_);
     k_ = keys_.get<float>(CHUNK * dp_);
@@ -21,7 +22,9 @@ class FloatEngine {
     for (int r = 0; r < TILE; ++r) copy(rows[r], q_ + (slot * TILE + r) * dp_, d_, dp_);
   }
 
-  void stage(const Store<T>& keys, const Store<T>& values, int64_t chunk) {
+  // A store gives rows by number of token, as `Store` does.
+  template <class Keys, class Values>
+  void stage(const Keys& keys, const Values& values, int64_t chunk) {
     const int64_t at = chunk * CHUNK;
     for (int block = 0; block < CHUNK / 16; ++block) {
       const T* run = keys.run(at + block * 16);
@@ -104,6 +107,7 @@ class FloatEngine {
 // bfloat16) x pairs of keys, which are interleaved once a chunk. Products are accumulated in float32.
 class TileEngine {
  public:
+  static constexpr bool ASKS_AHEAD = true;
   TileEngine(int64_t d, int64_t e, int tiles)
       : d_(d), ep_(round_up(e, 16)), e_(e), depth_(tile_depth(d)), scope_(config(depth_)) {
     q_ = queries_.get<uint32_t>(tiles * (d / 2) * 16 + 256);
@@ -130,7 +134,8 @@ class TileEngine {
     }
   }
 
-  void stage(const Store<bf16>& keys, const Store<bf16>& values, int64_t chunk) {
+  template <class Keys, class Values>
+  void stage(const Keys& keys, const Values& values, int64_t chunk) {
     const int64_t at = chunk * CHUNK;
     for (int block = 0; block < CHUNK / 16; ++block) {
       k_[block] = keys.run(at + block * 16);

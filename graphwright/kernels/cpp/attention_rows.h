@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "token_order.h"
 
 namespace gw {
 
@@ -22,6 +23,11 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 struct Sequence {
   int64_t row, length, total, first_held;  // tokens before the step, after it, and the oldest in the cache
   bool plain;                              // a chain whose visibility is one range of token numbers
+  const TokenOrder* order = nullptr;       // if any: what is read; all "numbers" are then places in it
+  // The end of what token t of a chain sees.
+  int64_t after(int64_t t) const { return order ? order->after(t) : length + t + 1; }
+  // Which token of the step a number from `length` on is.
+  int64_t column(int64_t number) const { return order ? order->column(number) : number - length; }
 };
 
 template <class T>
@@ -44,13 +50,14 @@ struct RowTile {
   QueryRow rows[TILE];
 };
 
-// Rows are ordered by token, then by head of the group, so that a tile's ranges are close together.
+// Rows [from, to), or as many as fit. They are ordered by token, then by head of the group, so that a tile's ranges
+// are close together.
 template <class T>
-RowTile tile_of(const AttentionArgs<T>& a, const Sequence& seq, int64_t group, int64_t tile) {
-  const int64_t shared = a.heads / a.groups, all = shared * a.tokens;
+RowTile tile_of(const AttentionArgs<T>& a, const Sequence& seq, int64_t group, int64_t from, int64_t to) {
+  const int64_t shared = a.heads / a.groups;
   RowTile out;
   out.lo = std::numeric_limits<int64_t>::max();
-  for (int64_t r = tile * TILE; r < std::min(all, (tile + 1) * TILE); ++r) {
+  for (int64_t r = from; r < std::min(to, from + TILE); ++r) {
     QueryRow& row = out.rows[out.count++];
     row.head = group * shared + r % shared;
     row.token = r / shared;
@@ -60,7 +67,7 @@ RowTile tile_of(const AttentionArgs<T>& a, const Sequence& seq, int64_t group, i
       continue;
     }
     row.lo = a.window ? std::max(seq.first_held, row.position - a.window + 1) : seq.first_held;
-    row.hi = seq.plain ? seq.length + row.token + 1 : seq.total;
+    row.hi = seq.plain ? seq.after(row.token) : seq.total;
     out.lo = std::min(out.lo, row.lo);
     out.hi = std::max(out.hi, row.hi);
   }
@@ -75,7 +82,7 @@ uint32_t visible(const AttentionArgs<T>& a, const Sequence& seq, const QueryRow&
   uint32_t mask = to > from ? ((1u << to) - 1) & ~((1u << from) - 1) : 0;
   if (seq.plain || row.lo >= row.hi) return mask;
   for (int64_t n = std::max(at, seq.length); n < std::min(at + 16, row.hi); ++n) {
-    int64_t column = n - seq.length;
+    int64_t column = seq.column(n);
     bool seen = a.tree ? (a.tree[seq.row * a.tokens + row.token] >> std::min<int64_t>(column, 63)) & 1
                        : column <= row.token;
     if (a.window) seen &= a.positions[seq.row * a.tokens + column] > row.position - a.window;

@@ -7,6 +7,7 @@
 
 #include "amx.h"
 #include "bindings.h"
+#include "sparse_attention.h"
 
 namespace {
 
@@ -179,10 +180,15 @@ void cache_append(const Tensor& store, const Tensor& fresh, const Tensor& length
   append(store, fresh, pointer<const int64_t>(lengths.contiguous()), pointer<const int64_t>(counts.contiguous()));
 }
 
+struct ListArgs {
+  const OptionalTensor &pages, &chosen;
+  int64_t page, first;
+};
+
 template <class T>
 Tensor attend(const Tensor& q0, const Tensor& keys0, const Tensor& values0, const Tensor& positions0,
               const Tensor& lengths0, const Tensor& counts0, const Tensor& tree0, double scale, int64_t window,
-              double softcap, const OptionalTensor& sinks0) {
+              double softcap, const OptionalTensor& sinks0, const ListArgs& listed) {
   const Tensor q = unit_last(q0), keys = unit_last(keys0), values = unit_last(values0);
   const Tensor positions = positions0.contiguous(), lengths = lengths0.contiguous(), counts = counts0.contiguous();
   const Tensor tree = tree0.contiguous();
@@ -217,16 +223,21 @@ Tensor attend(const Tensor& q0, const Tensor& keys0, const Tensor& values0, cons
   a.tree = tree.numel() ? pointer<const int64_t>(tree) : nullptr;
   a.out = pointer<T>(out);
   a.scale = float(scale), a.softcap = float(softcap), a.window = window, a.threads = threads();
-  gw::cache_attention<T>(a);
+  const auto lists = read_lists(listed.pages, listed.chosen, listed.page, listed.first,
+                                {a.batch, a.tokens, a.groups, a.slots, a.window, a.lengths, a.counts});
+  if (lists) gw::listed_attention<T>(a, lists->args);
+  else gw::cache_attention<T>(a);
   return out;
 }
 
 Tensor cache_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& positions,
                        const Tensor& lengths, const Tensor& counts, const Tensor& tree, double scale, int64_t window,
-                       double softcap, const OptionalTensor& sinks) {
+                       double softcap, const OptionalTensor& sinks, const OptionalTensor& pages,
+                       const OptionalTensor& chosen, int64_t page, int64_t first) {
+  const ListArgs lists{pages, chosen, page, first};
   if (q.scalar_type() == at::kBFloat16)
-    return attend<gw::bf16>(q, keys, values, positions, lengths, counts, tree, scale, window, softcap, sinks);
-  return attend<float>(q, keys, values, positions, lengths, counts, tree, scale, window, softcap, sinks);
+    return attend<gw::bf16>(q, keys, values, positions, lengths, counts, tree, scale, window, softcap, sinks, lists);
+  return attend<float>(q, keys, values, positions, lengths, counts, tree, scale, window, softcap, sinks, lists);
 }
 
 Tensor append_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
@@ -234,7 +245,7 @@ Tensor append_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                         double scale, int64_t window, double softcap, const OptionalTensor& sinks) {
   cache_append(keys, k, lengths, counts);
   cache_append(values, v, lengths, counts);
-  return cache_attention(q, keys, values, positions, lengths, counts, tree, scale, window, softcap, sinks);
+  return cache_attention(q, keys, values, positions, lengths, counts, tree, scale, window, softcap, sinks, {}, {}, 0, 0);
 }
 
 bool uses_amx() { return gw::amx_available(); }
@@ -247,7 +258,8 @@ TORCH_LIBRARY(graphwright_cpp, m) {
   m.def("routed_linear(Tensor x, Tensor index, Tensor weight, Tensor? bias=None, bool transposed=False) -> Tensor");
   m.def("cache_append(Tensor(a!) store, Tensor new, Tensor lengths, Tensor counts) -> ()");
   m.def("cache_attention(Tensor q, Tensor keys, Tensor values, Tensor positions, Tensor lengths, Tensor counts, "
-        "Tensor tree, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor");
+        "Tensor tree, float scale, int window=0, float softcap=0.0, Tensor? sinks=None, Tensor? pages=None, "
+        "Tensor? chosen=None, int page=0, int first=0) -> Tensor");
   m.def("append_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor positions, "
         "Tensor lengths, Tensor counts, Tensor tree, float scale, int window=0, float softcap=0.0, "
         "Tensor? sinks=None) -> Tensor");

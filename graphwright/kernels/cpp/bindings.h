@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "kernels.h"
+#include "token_order.h"
 
 namespace gw::bind {
 
@@ -34,6 +35,18 @@ inline void check_step(const Tensor& lengths, const Tensor& counts, int64_t batc
   TORCH_CHECK(lengths.numel() == batch && counts.numel() == batch, "graphwright_cpp: lengths ", lengths.sizes(),
               " and counts ", counts.sizes(), " for a batch of ", batch);
 }
+
+// The lists of pages of a step; its tensors are held by them.
+struct Lists {
+  Tensor pages, chosen;
+  gw::PageLists args;
+};
+struct StepShape {
+  int64_t batch, tokens, groups, slots, window;
+  const int64_t *lengths, *counts;
+};
+std::optional<Lists> read_lists(const OptionalTensor& pages, const OptionalTensor& chosen, int64_t page, int64_t first,
+                                const StepShape& step);
 
 inline Tensor unit_last(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
 

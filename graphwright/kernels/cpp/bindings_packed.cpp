@@ -179,7 +179,8 @@ struct Step {
   const Tensor &q, &slots, &positions, &lengths, &counts, &tree;
   double scale, softcap;
   int64_t window;
-  const OptionalTensor& sinks;
+  const OptionalTensor &sinks, &pages, &chosen;
+  int64_t page, first;
 };
 
 template <class T>
@@ -217,7 +218,14 @@ Tensor packed(const Step& step, const Side& key, const Side& value) {
   a.scale = float(step.scale), a.softcap = float(step.softcap), a.window = step.window, a.threads = threads();
   check_state(args.keys, a);
   check_state(args.values, a);
-  gw::packed_attention<T>(args);
+  const auto lists = read_lists(step.pages, step.chosen, step.page, step.first,
+                                {a.batch, a.tokens, a.groups, a.slots, a.window, a.lengths, a.counts});
+  if (!lists) return gw::packed_attention<T>(args), out;
+  for (const gw::PackedStore<T>* s : {&args.keys, &args.values})
+    TORCH_CHECK(step.page == s->page_tokens && step.first == s->first_tokens, "graphwright_cpp: lists of pages of ",
+                step.page, " tokens after ", step.first, ", and stores with pages of ", s->page_tokens, " after ",
+                s->first_tokens);
+  gw::packed_attention<T>(args, &lists->args);
   return out;
 }
 
@@ -225,8 +233,10 @@ Tensor packed_attention(const Tensor& q, at::TensorList keys, at::TensorList key
                         at::TensorList value_constants, const Tensor& slots, const Tensor& positions,
                         const Tensor& lengths, const Tensor& counts, const Tensor& tree, c10::string_view key_codec,
                         int64_t key_page, c10::string_view value_codec, int64_t value_page, double scale,
-                        int64_t window, double softcap, const OptionalTensor& sinks) {
-  const Step step{q, slots, positions, lengths, counts, tree, scale, softcap, window, sinks};
+                        int64_t window, double softcap, const OptionalTensor& sinks, const OptionalTensor& pages,
+                        const OptionalTensor& chosen, int64_t page, int64_t first) {
+  const Step step{q,      slots,  positions, lengths, counts, tree, scale, softcap,
+                  window, sinks,  pages,     chosen,  page,   first};
   const Side key{keys, key_constants, key_codec, key_page}, value{values, value_constants, value_codec, value_page};
   if (q.scalar_type() == at::kBFloat16) return packed<gw::bf16>(step, key, value);
   return packed<float>(step, key, value);
@@ -237,7 +247,8 @@ Tensor packed_attention(const Tensor& q, at::TensorList keys, at::TensorList key
 TORCH_LIBRARY_FRAGMENT(graphwright_cpp, m) {
   m.def("packed_attention(Tensor q, Tensor[] keys, Tensor[] key_constants, Tensor[] values, Tensor[] value_constants, "
         "Tensor slots, Tensor positions, Tensor lengths, Tensor counts, Tensor tree, str key_codec, int key_page, "
-        "str value_codec, int value_page, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor");
+        "str value_codec, int value_page, float scale, int window=0, float softcap=0.0, Tensor? sinks=None, "
+        "Tensor? pages=None, Tensor? chosen=None, int page=0, int first=0) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(graphwright_cpp, CPU, m) { m.impl("packed_attention", packed_attention); }

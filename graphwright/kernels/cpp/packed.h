@@ -2,6 +2,7 @@
 // What it means is in graphwright/ir/packed_ops.py.
 #pragma once
 #include "kernels.h"
+#include "token_order.h"
 
 namespace gw {
 
@@ -45,7 +46,8 @@ struct PackedArgs {
   PackedStore<T> keys, values;
 };
 
+// Lists, if any: their pages are those of the stores, and `first` their first tokens.
 template <class T>
-void packed_attention(const PackedArgs<T>& args);
+void packed_attention(const PackedArgs<T>& args, const PageLists* lists = nullptr);
 
 }  // namespace gw

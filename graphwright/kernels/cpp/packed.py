@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from graphwright.ir.codecs.fusible import fusion_obstacle
+from graphwright.kernels.cpp.sparse import lists_reason
 
 
 def supports_packed_attention(
@@ -16,10 +17,24 @@ def supports_packed_attention(
     values: Sequence[torch.Tensor],
     key_codec: str,
     value_codec: str,
+    key_page: int,
+    value_page: int,
+    window: int = 0,
+    pages: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
+    page: int = 0,
+    first: int = 0,
     **_: Any,
 ) -> str | None:
     """None when ``packed_attention`` takes these, else the reason."""
-    return _store_reason(q, keys, key_codec) or _store_reason(q, values, value_codec)
+    stores = _store_reason(q, keys, key_codec) or _store_reason(q, values, value_codec)
+    lists = lists_reason(pages, chosen, window)
+    if stores or lists or pages is None:
+        return stores or lists
+    own = {(key_page, keys[2].shape[2]), (value_page, values[2].shape[2])}
+    if own != {(page, first)}:
+        return f"the listed pages are of {page} tokens after {first}, the stores' are others"
+    return None
 
 
 def _store_reason(q: torch.Tensor, store: Sequence[torch.Tensor], codec: str) -> str | None:

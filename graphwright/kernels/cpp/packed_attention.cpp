@@ -3,8 +3,8 @@
 //
 // Orthogonal maps of the codec are not undone on the pages. Queries meet the pages' keys after the keys' own map,
 // which keeps inner products; what was weighed from the pages is summed apart and turned back at the end.
-#include "attention_driver.h"
 #include "packed_codes.h"
+#include "sparse_attention.h"
 
 namespace gw {
 namespace {
@@ -64,7 +64,7 @@ struct PackedCache {
 
   // The places change where those of the keys or those of the values do.
   int segments(const Sequence& seq, Segment* out) const {
-    int64_t cut[MAX_SEGMENTS + 1] = {0, seq.total};
+    int64_t cut[MAX_SEGMENTS + 1] = {0, seq.order ? seq.order->total : seq.total};
     int cuts = 2, count = 0;
     for (const PackedStore<T>* s : {&a.keys, &a.values}) {
       const int64_t packed = s->packed[seq.row];
@@ -76,6 +76,7 @@ struct PackedCache {
       if (cut[i] == cut[i + 1]) continue;
       const Place k = place_of(a.keys, seq, cut[i]), v = place_of(a.values, seq, cut[i]);
       out[count++] = {cut[i], cut[i + 1], k == PAGES && a.keys.turns, v == PAGES && a.values.turns, k, v};
+      if (seq.order) count = join_places(*seq.order, out, count);
     }
     return count;
   }
@@ -93,6 +94,10 @@ struct PackedCache {
   template <class Engine>
   void stage(Engine& engine, Workspace& work, const Sequence& seq, int64_t group, const Segment& segment,
              int64_t chunk) const {
+    if (seq.order) {
+      return engine.stage(listed_rows(a.keys, work.keys, seq, group, segment, chunk),
+                          listed_rows(a.values, work.values, seq, group, segment, chunk), chunk);
+    }
     engine.stage(rows(a.keys, work.keys, segment.keys, seq, group, segment, chunk),
                  rows(a.values, work.values, segment.values, seq, group, segment, chunk), chunk);
   }
@@ -111,6 +116,47 @@ struct PackedCache {
   }
 
  private:
+  // The last of `count` segments from numbers to places in an order. Listed rows are gathered from wherever they are,
+  // so that only another set of queries or another state makes another segment.
+  static int join_places(const TokenOrder& order, Segment* out, int count) {
+    Segment& last = out[count - 1];
+    last.lo = order.place(last.lo), last.hi = order.place(last.hi);
+    if (last.lo == last.hi) return count - 1;
+    if (count < 2) return count;
+    Segment& before = out[count - 2];
+    if (before.queries != last.queries || before.state != last.state) return count;
+    before.hi = last.hi;
+    return count - 1;
+  }
+
+  // The listed tokens of a chunk, all in the reader's rows.
+  Store<T> listed_rows(const PackedStore<T>& store, PageReader<T>& reader, const Sequence& seq, int64_t group,
+                       const Segment& segment, int64_t chunk) const {
+    const TokenOrder& order = *seq.order;
+    const int64_t from = std::max({segment.lo, seq.first_held, chunk * CHUNK});
+    const int64_t to = std::min(segment.hi, (chunk + 1) * CHUNK);
+    const T* first = store.first + seq.row * store.f_batch + group * store.f_group;
+    const T* tail = store.tail + seq.row * store.t_batch + group * store.t_group;
+    const int64_t packed = store.packed[seq.row];
+    for (int64_t at = from, n; at < to; at += n) {
+      const int64_t number = order.number(at);
+      const Place place = place_of(store, seq, number);
+      n = std::min(order.together(at), to - at);
+      if (place != TAIL) n = std::min(n, packed - number);
+      if (place == PAGES) {
+        const int64_t later = at + CHUNK < segment.hi ? order.number(at + CHUNK) : -1;
+        reader.read_page(seq.row, group, number, n, at % CHUNK, later < packed ? later : -1);
+        continue;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const T* row = place == FIRST ? first + (number + i) * store.f_slot
+                                      : tail + (number + i) % store.tail_slots * store.t_slot;
+        std::copy_n(row, store.d, reader.rows() + (at + i) % CHUNK * reader.stride());
+      }
+    }
+    return {reader.rows(), reader.stride(), CHUNK, from, to};
+  }
+
   Store<T> rows(const PackedStore<T>& store, PageReader<T>& reader, int place, const Sequence& seq, int64_t group,
                 const Segment& segment, int64_t chunk) const {
     const int64_t from = std::max({segment.lo, seq.first_held, chunk * CHUNK});
@@ -139,10 +185,15 @@ struct PackedCache {
 }  // namespace
 
 template <class T>
-void packed_attention(const PackedArgs<T>& args) {
-  attend(args.step, PackedCache<T>{args});
+void packed_attention(const PackedArgs<T>& args, const PageLists* lists) {
+  const PackedCache<T> cache{args};
+  if (lists) {
+    const ListedItems<T> items(args.step, *lists);
+    if (items.any()) return attend(args.step, cache, items);
+  }
+  attend(args.step, cache);
 }
-template void packed_attention<float>(const PackedArgs<float>&);
-template void packed_attention<bf16>(const PackedArgs<bf16>&);
+template void packed_attention<float>(const PackedArgs<float>&, const PageLists*);
+template void packed_attention<bf16>(const PackedArgs<bf16>&, const PageLists*);
 
 }  // namespace gw

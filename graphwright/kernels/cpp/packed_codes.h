@@ -67,11 +67,22 @@ class PageReader {
       const int64_t page = (from - first) / size, place = (from - first) % size;
       const int64_t n = std::min(size - place, to - from);
       const Place at{row, page % store_.page_count, group, place};
+      next_ = to_next(at);
       read_run(at, n, rows_ + from % CHUNK_ROWS * stride_);
       from += n;
     }
     return rows_;
   }
+
+  // Tokens [from, from + n) of one page go to rows `to` and those that follow; `ahead` is a token of a page that will
+  // be read later, or none if < 0.
+  void read_page(int64_t row, int64_t group, int64_t from, int64_t n, int64_t to, int64_t ahead) {
+    const int64_t at = from - store_.first_tokens, size = store_.page_tokens, count = store_.page_count;
+    const Place place{row, at / size % count, group, at % size};
+    next_ = ahead < 0 ? 0 : ((ahead - store_.first_tokens) / size % count - place.page) * store_.pages.c_page;
+    read_run(place, n, rows_ + to * stride_);
+  }
+  T* rows() const { return rows_; }
 
  private:
   struct Place {
@@ -88,7 +99,6 @@ class PageReader {
     const Pages& p = store_.pages;
     const uint8_t* codes =
         p.codes + at.row * p.c_batch + at.page * p.c_page + at.group * p.c_group + at.token * p.c_token;
-    next_ = to_next(at);
     if (p.bits == 16) return copy(reinterpret_cast<const bf16*>(codes), p.c_token / 2, n, out);
     const bf16* scale = p.scale + at.row * p.s_batch + at.page * p.s_page + at.group * p.s_group + at.token * p.s_token;
     const bf16* low =
