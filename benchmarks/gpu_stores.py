@@ -9,8 +9,9 @@ import torch
 
 from graphwright.ir.codecs import PageShape, parse_codec
 from graphwright.kernels.triton.attention import Attention, Pages, Side, Step
-from graphwright.kernels.triton.page_scores import page_scores
-from graphwright.kernels.triton.select_pages import select_pages
+from graphwright.kernels.triton.choose_pages import choose_pages
+from graphwright.kernels.triton.listed_attention import ListedAttention, Lists
+from graphwright.kernels.triton.score_pages import score_pages
 
 _PAGE = 64
 #: Slots of a packed store's tail: a page and a step.
@@ -131,52 +132,36 @@ def _content(place: Place, size: tuple[int, ...], dtype: torch.dtype) -> torch.T
 
 @dataclass
 class Selected:
-    """Attention over the best ``keep`` pages of a dense cache seen as pages; the selection included."""
+    """Attention over the best pages of a dense cache; the selection included."""
 
     dense: Dense
     summary: torch.Tensor
-    used: torch.Tensor
-    sides: tuple[Side, Side]
-    tails: tuple[torch.Tensor, torch.Tensor]
-    keep: int
+    share: int
 
     @classmethod
     def make(cls, place: Place, heads: Heads, batch: int, context: int, share: int = 16) -> Selected:
         """The best ``1 / share`` of the pages."""
         count = context // _PAGE
         dense = Dense.make(place, heads, batch, count * _PAGE)
-        shape = PageShape(heads.groups, _PAGE, heads.width)
-        codec = "float(bits=16)" if place.dtype == torch.bfloat16 else "float(bits=32)"
-        if parse_codec(codec).layout(shape)["0.values"][1] != place.dtype:
-            raise ValueError(f"no codec keeps {place.dtype}")
-        used = place.longs(batch, fill=count)
-        tails = tuple(place.normal(batch, heads.groups, _TAIL, heads.width) for _ in range(2))
-        sides = []
-        for tail, store in zip(tails, (dense.keys, dense.values), strict=True):
-            pages = store.unflatten(2, (count, _PAGE))  # [B, G, N, P, D], in place
-            sides.append(Side.of([used, tail, tail[:, :, :0].contiguous(), pages], [], codec, _PAGE))
         by_page = dense.keys.unflatten(2, (count, _PAGE))
         summary = torch.stack((by_page.amin(3), by_page.amax(3)), 3).transpose(1, 2).contiguous()
-        both = (tails[0], tails[1])
-        return cls(dense, summary, used, (sides[0], sides[1]), both, max(1, count // share))
+        return cls(dense, summary, share)
 
     @property
     def nbytes(self) -> float:
         """What a step must read: all summaries, and the chosen pages."""
-        return self.summary.nbytes + self.dense.nbytes * self.keep / self.summary.shape[1]
+        return self.summary.nbytes + self.dense.nbytes / self.share
 
     def run(self) -> torch.Tensor:
         """Score, choose, attend."""
-        q = self.dense.q
-        scores = page_scores(q, self.summary, self.used)
-        listed = select_pages(scores, self.used, self.keep)
-        length = self.used * _PAGE
-        first = tuple(t[:, :, :0] for t in self.tails)
-        pages = Pages(*self.sides, length, (first[0], first[1]), _PAGE, listed, by_head=True)
-        now = Step(
-            length[:, None], length, self.dense.step.counts, self.dense.step.tree, self.dense.step.scale
-        )
-        return Attention(q, *self.tails, now, pages).run()
+        q, step = self.dense.q, self.dense.step
+        where = (step.positions, step.lengths, step.counts, torch.zeros_like(step.lengths))
+        pages = (_PAGE, 0, _PAGE, 0)  # the newest page is always read
+        groups = self.summary.shape[2]
+        scores = score_pages(q, [self.summary], [], *where, "bounds", groups, *pages, step.scale)
+        listed = choose_pages(scores, *where, *pages, sinks=1, keep=1 / self.share, share=0.0)
+        lists = Lists(*listed, _PAGE, 0)
+        return ListedAttention(q, self.dense.keys, self.dense.values, step, lists=lists).run()
 
 
 # --- relative errors -------------------------------------------------------------------------------

@@ -128,3 +128,22 @@ def test_pages_that_the_reference_packs_are_reported(codec: str, sites: int) -> 
     assert all(use.provider == "reference" and use.reason for use in uses if use.op == "pack pages")
     assert not [use for use in lower(graph, torch.device("cpu"), LoweringOptions(compile=False)).kernels
                 if use.op == "pack pages"]  # fmt: skip
+
+
+def test_selected_pages_by_kernels_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt is read whole."""
+    model = PackedModel(full_model())
+    graph, _ = model.rewrite([PLACE, PACK, f"sparsify_attention{{page={PAGE},keep=0.8,recent=10}}"])
+    ids = random_text(1, 70)
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.run(graph)
+    names = {"score_pages", "choose_pages", "packed_attention"}
+
+    def select(name: str, device: Any, **arguments: Any) -> registry.Kernel:
+        return registry.select(name, device, "triton" if name in names else None, **arguments)
+
+    want = expected.generate(ids, **options)
+    monkeypatch.setattr(kernels, "select", select)
+    lowered = lower(graph, model.model.device, LoweringOptions(compile=False)).kernels
+    assert {use.op for use in lowered if use.provider == "triton"} == names
+    assert torch.equal(model.run(graph).generate(ids, **options), want)

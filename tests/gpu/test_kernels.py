@@ -11,10 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 from graphwright.ir.codecs import PageShape
+from graphwright.kernels.triton.choose_pages import RESIDENT
 from graphwright.kernels.triton.encode import encode_pages
-from graphwright.kernels.triton.page_scores import page_scores
 from graphwright.kernels.triton.sampling import argmax_rows, verify_greedy
-from graphwright.kernels.triton.select_pages import RESIDENT, select_pages
 from graphwright.kernels.triton.shipped import CODECS
 from tests.gpu.support import (
     DEVICE,
@@ -29,7 +28,11 @@ from tests.gpu.support import (
     wide,
 )
 from tests.numerics import inputs
+from tests.numerics.packed_inputs import Packing, packed_step
 from tests.numerics.test_triton_encode import case, same
+from tests.numerics.test_triton_listed import SETTLED, dense_step, lists
+from tests.numerics.test_triton_listed import wide as without_nan
+from tests.numerics.test_triton_select import choosing, scoring
 
 pytestmark = pytest.mark.gpu
 
@@ -83,17 +86,6 @@ def test_pages_have_the_bytes_of_the_reference(name: str, side: int, width: int)
             torch.testing.assert_close(mine, expected, rtol=1e-2, atol=1e-3)
 
 
-def test_a_summary_of_each_page() -> None:
-    made = case("token_scale >> uniform(bits=4)", PageShape(2, 16, 64), dtype=USUAL)
-    summary = torch.full((2, 3, 2, 2, 64), 99.0, dtype=USUAL, device=DEVICE)
-    codec, there = made.codec, moved([made.store, made.constants, made.rows, made.starts])
-    encode_pages(there[0], there[1], codec, made.page, there[2], there[3], summary)
-    expected = torch.full(summary.shape, 99.0, dtype=USUAL)
-    for page, row, start in zip(made.pages, made.rows, made.starts, strict=True):
-        expected[row, (start // made.page) % 3] = torch.stack([page.amin(1), page.amax(1)], 1)
-    assert torch.equal(summary.cpu(), expected)
-
-
 # --- linears -------------------------------------------------------------------------------------
 
 
@@ -132,30 +124,52 @@ def test_a_row_alone_and_among_others(k: int, n: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "groups", "features"), [(4, 4, 64), (8, 2, 128), (8, 1, 80)])
-def test_scores_of_pages(heads: int, groups: int, features: int, dtype: torch.dtype) -> None:
-    keys = torch.randn(2, 75, groups, 4, features)
-    summary = torch.stack((keys.amin(3), keys.amax(3)), 3).to(dtype)
-    q, used = torch.randn(2, heads, 3, features).to(dtype), torch.tensor([75, 33])
-    by_group = q.double().unflatten(1, (groups, -1)).flatten(2, 3)[:, :, :, None]
-    lowest, highest = summary.double().permute(3, 0, 2, 1, 4)[:, :, :, None]
-    expected = torch.maximum(by_group * lowest, by_group * highest).sum(-1).amax(2)
-    expected = expected.masked_fill((torch.arange(75) >= used[:, None])[:, None], float("-inf"))
-    found = page_scores(*moved([q, summary, used]))
-    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("selector", ["bounds", "mean"])
+@pytest.mark.parametrize(("heads", "features"), [((4, 4), 64), ((8, 2), 128), ((8, 1), 80)])
+def test_scores_of_pages(heads: tuple[int, int], features: int, selector: str, dtype: torch.dtype) -> None:
+    arguments = scoring([300, 133], heads, 3, features, selector=selector, dtype=dtype)
+    there = moved(arguments)
+    found = kernel("score_pages", there)(**there)
+    expected = reference("score_pages", arguments)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("pages", [1, 64, 2048, RESIDENT, RESIDENT + 5, 3 * RESIDENT])
+@pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_best_pages(pages: int, ties: bool, poisoned: None) -> None:
-    scores = torch.randint(0, 9, (2, 4, pages)).float() if ties else torch.randn(2, 4, pages)
-    keep, used = max(1, pages // 16), torch.tensor([pages, max(1, pages // 2)])
-    found, counts = (x.cpu() for x in select_pages(*moved([scores, used]), keep))
-    for b, here in enumerate(used.tolist()):
-        for g in range(4):
-            best = torch.sort(scores[b, g, :here], descending=True, stable=True).indices[:keep]
-            assert counts[b, g] == len(best)
-            assert found[b, g].tolist() == sorted(best.tolist()) + [-1] * (keep - len(best))
+def test_the_best_pages(pages: int, share: float, ties: bool, poisoned: None) -> None:
+    shape = (2, 2, 2, pages)
+    scores = torch.randint(0, 9, shape) / 1024 if ties else torch.randn(shape).mul(3).softmax(-1)
+    arguments = choosing(scores, [4 * pages, 2 * pages], [1, 0], keep=1 / 16, share=share)
+    there = moved(arguments)
+    found, chosen = (x.cpu() for x in kernel("choose_pages", there)(**there))
+    expected, counts = reference("choose_pages", arguments)
+    assert torch.equal(chosen, counts)
+    listed = torch.arange(pages) < chosen[..., None]
+    assert torch.equal(found[listed], expected[listed])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("codec", [None, "token_range >> uniform(bits=4)"])
+def test_attention_over_lists(codec: str | None, dtype: torch.dtype, poisoned: None) -> None:
+    """Against the reference in float32; and a token alone has the bits that it has in the step."""
+    if codec is None:
+        op_name, arguments = "cache_attention", dense_step(dtype, 16, 0, [0, 1], tokens=4, lengths=[270, 90])
+    else:
+        op_name, store = "packed_attention", Packing(codec, page=32, first=4, lag=SETTLED)
+        arguments = packed_step(dtype, store, store, tokens=4, lengths=[327, 128])
+        arguments |= lists(arguments, 2, 32, 4, [0, 1])
+    there = moved(arguments)
+    found = kernel(op_name, there)(**there)
+    kept = {name: x if name.endswith("constants") else without_nan(x) for name, x in arguments.items()}
+    expected = reference(op_name, kept)
+    atol, rtol = NEAR[dtype]
+    torch.testing.assert_close(found.cpu().float(), expected, atol=atol, rtol=rtol)
+    alone = dict(there)
+    for name, dim in (("q", 2), ("positions", 1), ("pages", 1), ("chosen", 1)):
+        alone[name] = there[name].narrow(dim, 2, 1).contiguous()
+    alone["lengths"], alone["counts"] = there["lengths"] + 2, torch.ones_like(there["counts"])
+    assert same_bits(kernel(op_name, alone)(**alone)[:, 0], found[:, 2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -209,7 +209,7 @@ def test_every_registered_kernel_is_in_the_shipped_set() -> None:
 # How cases name an op, where they do not spell it out.
 CASES_OF = {
     "cache_append": "append", "cache_attention": "attend", "packed_attention": "packed",
-    "routed_linear": "routed", "append_attention": "attend",
+    "routed_linear": "routed", "append_attention": "attend", "prefix_attention": "attend",
 }  # fmt: skip
 
 

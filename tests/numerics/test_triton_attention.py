@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from graphwright.ir.codecs import PageShape, parse_codec
-from graphwright.ir.ops import SEMANTIC_OPS
+from graphwright.ir.ops import SEMANTIC_OPS, cache_visibility
 from graphwright.kernels import registry
 from graphwright.kernels.triton import attention
-from graphwright.kernels.triton.attention import Attention, Pages, Side, Step
+from graphwright.kernels.triton.attention import Attention, Step
 from graphwright.kernels.triton.configs import AttendConfig, AttendShape
 from tests.numerics import inputs
 from tests.numerics.packed_inputs import Packing, packed_step
@@ -167,58 +166,16 @@ def test_a_row_alone_and_in_a_batch(fair_dots: None) -> None:
         assert torch.equal(triton("cache_attention", **alone)[0], among[row])
 
 
-# --- what the semantic ops do not have yet: page lists and the log-sum-exp ----------------------------
-
-
-def _listed(by_head: bool) -> tuple[Attention, torch.Tensor, torch.Tensor]:
-    """One token over some pages of a dense cache; the result and log-sum-exp that are expected."""
-    batch, groups, group, width, page, places = 2, 2, 3, 64, 32, 7
-    lengths = torch.tensor([places * page + 5, 3 * page + 1])
-    slots = places * page + 40
-    q = torch.randn(batch, groups * group, 1, width)
-    keys, values = torch.randn(2, batch, groups, slots, width)
-    chosen = torch.tensor([[[1, 4, 5], [0, 6, 2]], [[2, 0, 1], [1, 2, 0]]], dtype=torch.int32)
-    counts = torch.tensor([[3, 2], [1, 3]], dtype=torch.int32)
-    visible = torch.zeros(batch, groups, slots, dtype=torch.bool)
-    for b in range(batch):
-        visible[b, :, lengths[b] // page * page : lengths[b] + 1] = True
-        for g in range(groups):
-            for place in chosen[b, g, : counts[b, g]].tolist():
-                visible[b, g, place * page : (place + 1) * page] = True
-    grouped = q.view(batch, groups, group, width)
-    scores = torch.einsum("bghd,bgsd->bghs", grouped, keys) * 0.1
-    scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
-    expected = torch.einsum("bghs,bgsd->bghd", scores.softmax(-1), values).reshape(batch, 1, -1, width)
-    sides = [_side(x[:, :, : places * page], page, by_head) for x in (keys, values)]
-    pages = Pages(sides[0], sides[1], lengths // page * page, (q.new_empty(batch, groups, 0, width),) * 2,
-                  page, (chosen, counts), by_head)  # fmt: skip
-    step = Step(
-        lengths[:, None], lengths, torch.ones_like(lengths), torch.zeros(batch, 0, dtype=torch.int64), 0.1
-    )
-    run = Attention(q, keys, values, step, pages, with_lse=True)
-    return run, expected, scores.logsumexp(-1).view(batch, -1, 1)
-
-
-def _side(tokens: torch.Tensor, page: int, by_head: bool) -> Side:
-    """Float pages: of a dense store as it lies (``by_head``), or with the heads inside of each page."""
-    groups, width = tokens.shape[1], tokens.shape[3]
-    pages = tokens.unflatten(2, (-1, page))
-    shape, codec = PageShape(groups, page, width), "float(bits=32)"
-    store = [
-        tokens[:, 0, 0, 0].long(),
-        tokens,
-        tokens,
-        (pages if by_head else pages.transpose(1, 2)).contiguous(),
-    ]
-    assert tuple(parse_codec(codec).layout(shape)) == ("0.values",)
-    return Side.of(store, [], codec, page)
-
-
-@pytest.mark.parametrize("by_head", [False, True])
-def test_only_listed_pages_are_read(by_head: bool, poisoned: None) -> None:
-    run, expected, lse = _listed(by_head)
-    torch.testing.assert_close(run.run(), expected, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(run.lse, lse, atol=2e-6, rtol=1e-5)
+def test_the_log_sum_exp_of_scores(poisoned: None) -> None:
+    step = inputs.after_append(inputs.step(torch.float32, tokens=2, lengths=[290, 40], heads=(4, 2)))
+    where = (step[name] for name in ("positions", "lengths", "counts", "tree", "scale"))
+    run = Attention(step["q"], step["keys"], step["values"], Step(*where), with_lse=True)
+    run.run()
+    visible = cache_visibility(*(step[name] for name in ("positions", "lengths", "counts", "tree")), 300, 0)
+    grouped = step["q"].unflatten(1, (2, 2))
+    scores = torch.einsum("bghtd,bgsd->bghts", grouped, step["keys"].nan_to_num()) * step["scale"]
+    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    torch.testing.assert_close(run.lse, scores.logsumexp(-1).flatten(1, 2), atol=2e-6, rtol=1e-5)
 
 
 # --- what the kernel does not take -----------------------------------------------------------------

@@ -38,11 +38,9 @@ class Case:
     expected: list[torch.Tensor]
     pages: torch.Tensor
 
-    def run(self, summary: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def run(self) -> list[torch.Tensor]:
         """Pack by the kernel."""
-        encode.encode_pages(
-            self.store, self.constants, self.codec, self.page, self.rows, self.starts, summary
-        )
+        encode.encode_pages(self.store, self.constants, self.codec, self.page, self.rows, self.starts)
         return self.store[3:]
 
 
@@ -195,30 +193,6 @@ def test_pages_of_several_programs(codec: str) -> None:
     same((c := case(codec, PageShape(2, 75, 32))).run(), c.expected)
 
 
-@pytest.mark.parametrize("codec", ["float", "hadamard >> token_scale >> uniform(bits=4)"])
-def test_summaries(codec: str) -> None:
-    """The least and the largest number of each channel, of the numbers as they came."""
-    shape = PageShape(2, 20, 80)
-    c = case(codec, shape, dtype=torch.float16)
-    summary = torch.full((2, 3, 2, 2, 80), 99.0, dtype=torch.float16)
-    c.run(summary)
-    expected = torch.full_like(summary, 99.0)
-    for page, row, start in zip(c.pages, c.rows, c.starts, strict=True):
-        expected[row, (start // c.page) % 3] = torch.stack([page.amin(1), page.amax(1)], 1)
-    assert torch.equal(summary, expected)
-
-
-def test_a_summary_of_nan_is_nan() -> None:
-    tail = torch.randn(2, 2, 83, 32)
-    tail[0, 1, 5, 7] = torch.nan
-    c = case("float", PageShape(2, 16, 32), tail=tail)
-    summary = torch.zeros(2, 3, 2, 2, 32)
-    c.run(summary)
-    wanted = torch.zeros_like(summary, dtype=torch.bool)
-    wanted[0, 0, 1, :, 7] = True
-    assert torch.equal(summary.isnan(), wanted)
-
-
 def test_pages_that_are_not_there_yet_are_passed_over() -> None:
     """A start below F: nothing is written, so that the number of pages can stay on the device."""
     c = case("token_scale >> uniform(bits=4)", PageShape(2, 16, 32), first=4)
@@ -263,4 +237,3 @@ def test_what_no_kernel_packs() -> None:
         assert reason in (encode.encode_obstacle(codec, shape) or "")
     large = ("token_scale >> uniform(bits=4)", PageShape(2, 512, 128))
     assert encode.encode_obstacle(*large) is None
-    assert "more than a program holds" in (encode.encode_obstacle(*large, summary=True) or "")

@@ -22,7 +22,7 @@ OLDEST = (3, 6)
 #: Below it a card multiplies no bfloat16.
 OLDEST_CARD = (8, 0)
 #: The modules that register kernels.
-MODULES = ("attention_ops", "append", "linear", "routed")
+MODULES = ("attention_ops", "prefix", "append", "linear", "routed", "score_pages", "choose_pages")
 
 
 def installed() -> str | None:

@@ -138,25 +138,43 @@ def attend_slots(
     return top, total, added
 
 
+@triton.jit
+def leave_split(
+    out, lse, at, inside, top, total, sums, lift, WIDTH: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Write the results of a tile of rows to places ``at`` with the base-2 logarithms of their sums."""
+    summed = total > 0
+    tl.store(
+        lse + at,
+        tl.where(summed, top - lift + tl.log2(tl.where(summed, total, 1.0)), float("-inf")),
+        mask=inside,
+    )
+    RUN: tl.constexpr = WIDTH // PARTS
+    e = tl.arange(0, TILE)[None, :]
+    for i in tl.static_range(PARTS):
+        share = sums[i] / tl.where(summed, total, 1.0)[:, None]
+        pointers = out + at[:, None] * WIDTH + i * RUN + e
+        tl.store(pointers, share, mask=inside[:, None] & (e < RUN))
+
+
 @triton.jit(
     do_not_specialize=[
         "batch_stride", "head_stride", "token_stride", "turned_batch_stride", "turned_head_stride",
         "turned_token_stride", "scale", "softcap", "tokens", "slots", "places", "page_splits", "chunk_pages",
-        "chunk_slots", "listed",
+        "chunk_slots",
     ]
 )  # fmt: skip
 def attend(
     q, turned, keys, values, first_keys, first_values,
     key_codes, key_constants, key_scales, key_scale_constants,
     value_codes, value_constants, value_scales, value_scale_constants,
-    packed, pages, page_counts, positions, lengths, counts, tree, out, lse,
+    packed, positions, lengths, counts, tree, out, lse,
     batch_stride, head_stride, token_stride, turned_batch_stride, turned_head_stride, turned_token_stride,
-    scale, softcap, tokens, slots, places, page_splits, chunk_pages, chunk_slots, listed,
+    scale, softcap, tokens, slots, places, page_splits, chunk_pages, chunk_slots,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr, PAGED: tl.constexpr,
-    LISTED: tl.constexpr,
-    BY_HEAD: tl.constexpr, FIRST: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, LIFTED: tl.constexpr,
+    FIRST: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, LIFTED: tl.constexpr,
     K_LEVEL: tl.constexpr, K_OPTION: tl.constexpr, K_PARTS: tl.constexpr, K_UNIT: tl.constexpr,
     K_SHIFT: tl.constexpr, K_SCALE: tl.constexpr, K_AXIS: tl.constexpr, K_SCALE_OPTION: tl.constexpr,
     K_FLOAT: tl.constexpr,
@@ -172,12 +190,10 @@ def attend(
         first_keys, first_values: ``[B, G, FIRST, D or E]``, the first tokens of rows that have pages.
         key_codes .. value_scale_constants: tuples of the parts' buffers and constants (``tiles.py``).
         packed: ``[B]`` tokens that are in pages, the first included.
-        pages, page_counts: with ``LISTED`` the places to read, ``[B, G, listed]`` and how many, ``[B, G]``.
         positions, lengths, counts, tree: as in ``cache_attention``.
         out, lse: ``[B, H, T, splits, E]`` and ``[B, H, T, splits]`` float32; lse is base 2.
         tokens: T. slots: S. places: pages of a row (N). page_splits: splits that read pages.
         chunk_pages, chunk_slots: of a split.
-        BY_HEAD: pages are ``[B, G, N, P, ..]``, not ``[B, N, G, P, ..]``.
         LIFTED: base-2 exponent by which probabilities are raised, so that small ones keep their digits in
             float16.
     """
@@ -213,22 +229,14 @@ def attend(
         else:
             query, peak, query_sum = near_one(as_float(query, K_PARTS), K_PARTS, HALF)
         filled = (tl.maximum(done - FIRST, 0) // PAGE).to(tl.int32)
-        if LISTED:
-            available = tl.load(page_counts + b * GROUPS + g)
-        else:
-            available = tl.minimum(filled, places)
+        available = tl.minimum(filled, places)
         BLOCKS: tl.constexpr = PAGE // BLOCK_N
         stop = tl.minimum((split + 1) * chunk_pages, available)
         for block in range(split * chunk_pages * BLOCKS, stop * BLOCKS):
             place = block // BLOCKS
-            if LISTED:
-                place = tl.load(pages + (b * GROUPS + g).to(tl.int64) * listed + place)
             # The newest page is number filled - 1; older ones lie before it in the ring.
             number = filled - 1 - (filled - 1 - place + places) % places
-            if BY_HEAD:
-                row = (b * GROUPS + g).to(tl.int64) * places + place
-            else:
-                row = (b.to(tl.int64) * places + place) * GROUPS + g
+            row = (b.to(tl.int64) * places + place) * GROUPS + g
             t = block % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
             top, total, sums = attend_pages(
                 query, peak, query_sum, number, t, row_seen, position, top, total, sums,
@@ -276,15 +284,4 @@ def attend(
                 SOFTCAP, WINDOW, TREE, KEY_WIDTH, VALUE_WIDTH, KEY_TILE, VALUE_TILE, K_PARTS, V_PARTS,
             )  # fmt: skip
     at = ((b * GROUPS * GROUP + head).to(tl.int64) * tokens + t_row) * splits + split
-    summed = total > 0
-    tl.store(
-        lse + at,
-        tl.where(summed, top - lift + tl.log2(tl.where(summed, total, 1.0)), float("-inf")),
-        mask=inside,
-    )
-    RUN: tl.constexpr = VALUE_WIDTH // V_PARTS
-    e = tl.arange(0, VALUE_TILE)[None, :]
-    for i in tl.static_range(V_PARTS):
-        share = sums[i] / tl.where(summed, total, 1.0)[:, None]
-        pointers = out + at[:, None] * VALUE_WIDTH + i * RUN + e
-        tl.store(pointers, share, mask=inside[:, None] & (e < RUN))
+    leave_split(out, lse, at, inside, top, total, sums, lift, VALUE_WIDTH, VALUE_TILE, V_PARTS)

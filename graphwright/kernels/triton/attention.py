@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -66,13 +67,12 @@ class Attention:
             return self.result
         turned = self._turned()
         config = self.config or attend_config(self._shape())
-        page_splits = 0 if self.pages is None else self._page_splits(config)
-        chunk = config.chunk if self.pages is None else max(config.block_n, self.keys.shape[2])
-        splits = page_splits + max(1, -(-self.keys.shape[2] // chunk))
+        page_splits, slot_splits = self._splits(config)
+        splits = page_splits + slot_splits
         batch, heads, tokens, _ = self.q.shape
         part = self.q.new_empty((batch, heads, tokens, splits, self.values.shape[3]), dtype=torch.float32)
         lse = self.q.new_empty((batch, heads, tokens, splits), dtype=torch.float32)
-        self._attend(config, turned, part, lse, page_splits, chunk)
+        self._attend(config, turned, part, lse, page_splits)
         self._combine(part, lse, page_splits)
         return self.result
 
@@ -109,9 +109,14 @@ class Attention:
         ).run()
         return out
 
-    def _page_splits(self, config: AttendConfig) -> int:
-        assert self.pages is not None
-        return -(-self._listed_pages() * self.pages.page // config.chunk)
+    def _splits(self, config: AttendConfig) -> tuple[int, int]:
+        """Of the pages, and of the slots."""
+        slots = max(1, -(-self.keys.shape[2] // self._chunk_slots(config)))
+        return (0 if self.pages is None else -(-self.pages.places * self.pages.page // config.chunk)), slots
+
+    def _chunk_slots(self, config: AttendConfig) -> int:
+        """Slots of a split; beside pages one split has them all."""
+        return config.chunk if self.pages is None else max(config.block_n, self.keys.shape[2])
 
     def _attend(
         self,
@@ -120,76 +125,86 @@ class Attention:
         part: torch.Tensor,
         lse: torch.Tensor,
         page_splits: int,
-        chunk_slots: int,
     ) -> None:
-        q, step, pages = self.q, self.step, self.pages
-        batch, heads, tokens, width = q.shape
+        batch, heads, tokens, _ = self.q.shape
         groups = self.keys.shape[1]
-        keys = Side(width) if pages is None else pages.keys
-        values = Side(self.values.shape[3]) if pages is None else pages.values
-        half = q.dtype != torch.float32
-        v_float = values.constants_of("V")["V_FLOAT"]
         row_tiles = -(-heads // groups * tokens // config.block_m)
-        listed = None if pages is None else pages.listed
         Launch(
             attend,
             (part.shape[3], row_tiles * groups, batch),
             dict(
-                q=q,
-                turned=turned,
-                keys=self.keys,
-                values=self.values,
-                first_keys=None if pages is None else pages.first[0],
-                first_values=None if pages is None else pages.first[1],
-                **keys.arguments("key"),
-                **values.arguments("value"),
-                packed=None if pages is None else pages.packed,
-                pages=listed and listed[0],
-                page_counts=listed and listed[1],
-                positions=step.positions,
-                lengths=step.lengths,
-                counts=step.counts,
-                tree=step.tree,
-                out=part,
-                lse=lse,
-                **_strides(q, ""),
-                **_strides(turned, "turned_"),
-                scale=step.scale,
-                softcap=step.softcap,
-                tokens=tokens,
-                slots=self.keys.shape[2],
-                places=1 if pages is None else pages.places,
-                page_splits=page_splits,
-                chunk_pages=1 if pages is None else config.chunk // pages.page,
-                chunk_slots=chunk_slots,
-                listed=0 if listed is None else listed[0].shape[2],
+                **self._arguments(turned, part, lse, page_splits),
+                chunk_pages=1 if self.pages is None else config.chunk // self.pages.page,
+                chunk_slots=self._chunk_slots(config),
             ),
-            dict(
-                GROUPS=groups,
-                GROUP=heads // groups,
-                KEY_WIDTH=width,
-                VALUE_WIDTH=values.width,
-                KEY_TILE=keys.tile_width,
-                VALUE_TILE=values.tile_width,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                SOFTCAP=step.softcap != 0.0,
-                WINDOW=step.window,
-                TREE=step.tree.shape[1] > 0,
-                PAGED=pages is not None,
-                LISTED=listed is not None,
-                BY_HEAD=pages is not None and pages.by_head,
-                FIRST=0 if pages is None else int(pages.first[0].shape[2]),
-                PAGE=config.block_n if pages is None else pages.page,
-                HALF=half,
-                LIFTED=_LIFT if half and not v_float else 0.0,
-                **keys.constants_of("K"),
-                **values.constants_of("V"),
-            ),
+            dict(**self._constants(config), WINDOW=self.step.window),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             label=self._label(config),
         ).run()
+
+    def _arguments(
+        self, turned: torch.Tensor, part: torch.Tensor, lse: torch.Tensor, page_splits: int
+    ) -> dict[str, Any]:
+        """What the kernels of attention take alike."""
+        q, step, pages = self.q, self.step, self.pages
+        keys, values = self._sides()
+        return dict(
+            q=q,
+            turned=turned,
+            keys=self.keys,
+            values=self.values,
+            first_keys=None if pages is None else pages.first[0],
+            first_values=None if pages is None else pages.first[1],
+            **keys.arguments("key"),
+            **values.arguments("value"),
+            packed=None if pages is None else pages.packed,
+            positions=step.positions,
+            lengths=step.lengths,
+            counts=step.counts,
+            tree=step.tree,
+            out=part,
+            lse=lse,
+            **_strides(q, ""),
+            **_strides(turned, "turned_"),
+            scale=step.scale,
+            softcap=step.softcap,
+            tokens=q.shape[2],
+            slots=self.keys.shape[2],
+            places=1 if pages is None else pages.places,
+            page_splits=page_splits,
+        )
+
+    def _constants(self, config: AttendConfig) -> dict[str, Any]:
+        """Those of the kernels of attention alike."""
+        step, pages = self.step, self.pages
+        keys, values = self._sides()
+        half = self.q.dtype != torch.float32
+        v_float = values.constants_of("V")["V_FLOAT"]
+        return dict(
+            GROUPS=self.keys.shape[1],
+            GROUP=self.q.shape[1] // self.keys.shape[1],
+            KEY_WIDTH=keys.width,
+            VALUE_WIDTH=values.width,
+            KEY_TILE=keys.tile_width,
+            VALUE_TILE=values.tile_width,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            SOFTCAP=step.softcap != 0.0,
+            TREE=step.tree.shape[1] > 0,
+            PAGED=pages is not None,
+            FIRST=0 if pages is None else int(pages.first[0].shape[2]),
+            PAGE=config.block_n if pages is None else pages.page,
+            HALF=half,
+            LIFTED=_LIFT if half and not v_float else 0.0,
+            **keys.constants_of("K"),
+            **values.constants_of("V"),
+        )
+
+    def _sides(self) -> tuple[Side, Side]:
+        if self.pages is None:
+            return Side(self.q.shape[3]), Side(self.values.shape[3])
+        return self.pages.keys, self.pages.values
 
     def _combine(self, part: torch.Tensor, lse: torch.Tensor, page_splits: int) -> None:
         batch, heads, tokens, splits, width = part.shape
@@ -239,7 +254,7 @@ class Attention:
             tokens,
             width,
             self.values.shape[3],
-            self.keys.shape[2] if pages is None else self._listed_pages() * pages.page,
+            self.keys.shape[2] if pages is None else pages.places * pages.page,
             0 if pages is None else pages.page,
             width * full if pages is None else pages.keys.token_bytes,
             self.values.shape[3] * full if pages is None else pages.values.token_bytes,
@@ -247,18 +262,12 @@ class Attention:
             () if pages is None else (str(pages.keys.tile.codec), str(pages.values.tile.codec)),  # type: ignore[union-attr]
         )
 
-    def _listed_pages(self) -> int:
-        """Pages of a row that may be read."""
-        assert self.pages is not None
-        return self.pages.places if self.pages.listed is None else int(self.pages.listed[0].shape[2])
-
     def _label(self, config: AttendConfig) -> str:
         groups, width = self.keys.shape[1], self.q.shape[3]
         words = [f"attend d{width} g{self.q.shape[1] // groups} m{config.block_m} n{config.block_n}"]
         words += [str(self.q.dtype).removeprefix("torch.")]
         if self.pages is not None:
             words += [f"{self.pages.keys.tile.codec} | {self.pages.values.tile.codec}"]  # type: ignore[union-attr]
-            words += ["listed"] if self.pages.listed is not None else []
         step = self.step
         words += ["tree"] if step.tree.shape[1] else []
         words += [f"window {step.window}"] if step.window else []

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from graphwright.ir.packed_ops import page_shape
+from graphwright.ir.sparse_ops import SPARSE_TOKENS
 from graphwright.kernels.registry import implements
 from graphwright.kernels.triton.append import cache_append
 from graphwright.kernels.triton.attention import Attention, Pages, Side, Step
+from graphwright.kernels.triton.listed_attention import ListedAttention, Lists
 from graphwright.kernels.triton.tiles import obstacle
 
 PROVIDER = "triton"
@@ -32,9 +34,15 @@ def cache_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
+    page: int = 0,
+    first: int = 0,
 ) -> torch.Tensor:
     """The semantic op ``cache_attention``."""
     step = Step(positions, lengths, counts, tree, scale, window, softcap, sinks)
+    if (lists := _lists(pages, chosen, page, first)) is not None:
+        return ListedAttention(_rows(q), keys, values, step, lists=lists).run()
     return Attention(_rows(q), keys, values, step).run()
 
 
@@ -57,9 +65,13 @@ def packed_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
+    page: int = 0,
+    first: int = 0,
 ) -> torch.Tensor:
     """The semantic op ``packed_attention``."""
-    pages = Pages(
+    packed = Pages(
         Side.of(keys, key_constants, key_codec, key_page),
         Side.of(values, value_constants, value_codec, value_page),
         keys[0],
@@ -67,7 +79,16 @@ def packed_attention(
         key_page,
     )
     step = Step(positions, lengths, counts, tree, scale, window, softcap, sinks)
-    return Attention(_rows(q), keys[1], values[1], step, pages).run()
+    if (lists := _lists(pages, chosen, page, first)) is not None:
+        return ListedAttention(_rows(q), keys[1], values[1], step, packed, lists=lists).run()
+    return Attention(_rows(q), keys[1], values[1], step, packed).run()
+
+
+def _lists(pages: torch.Tensor | None, chosen: torch.Tensor | None, page: int, first: int) -> Lists | None:
+    """The lists that are read; steps that only prompts have read everything."""
+    if pages is None or chosen is None or pages.shape[1] > SPARSE_TOKENS:
+        return None
+    return Lists(pages.contiguous(), chosen.contiguous(), page, first)
 
 
 def _rows(q: torch.Tensor) -> torch.Tensor:
@@ -75,11 +96,18 @@ def _rows(q: torch.Tensor) -> torch.Tensor:
 
 
 def supports_cache_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tree: torch.Tensor, **_: Any
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tree: torch.Tensor,
+    window: int = 0,
+    pages: torch.Tensor | None = None,
+    **_: Any,
 ) -> str | None:
     """None when the template takes these, else the reason."""
     return (
-        _dtype_reason(q, keys, values)
+        _window_reason(window, pages)
+        or _dtype_reason(q, keys, values)
         or _width_reason(q.shape[3], values.shape[3])
         or _contiguous_reason(keys, values)
         or _tree_reason(tree)
@@ -94,18 +122,37 @@ def supports_packed_attention(
     key_page: int,
     value_codec: str,
     value_page: int,
+    window: int = 0,
+    pages: torch.Tensor | None = None,
+    page: int = 0,
+    first: int = 0,
     **_: Any,
 ) -> str | None:
     """None when the template takes these, else the reason."""
     tails, firsts = (keys[1], values[1]), (keys[2], values[2])
     return (
-        _dtype_reason(q, *tails, *firsts)
+        _window_reason(window, pages)
+        or _listed_reason(pages, page, first, key_page, keys[2].shape[2])
+        or _dtype_reason(q, *tails, *firsts)
         or _width_reason(q.shape[3], values[1].shape[3])
         or page_reason(key_page, value_page, firsts, tails)
         or _eighths_reason(q.shape[3], values[1].shape[3])
         or obstacle(key_codec, page_shape(tails[0], key_page))
         or obstacle(value_codec, page_shape(tails[1], value_page))
     )
+
+
+def _window_reason(window: int, pages: torch.Tensor | None) -> str | None:
+    return "lists of pages do not go with a window" if window and pages is not None else None
+
+
+def _listed_reason(
+    pages: torch.Tensor | None, page: int, first: int, packed_page: int, packed_first: int
+) -> str | None:
+    """Why lists are of other pages than the store packs; None if they are not."""
+    if pages is None or (page, first) == (packed_page, packed_first):
+        return None
+    return f"listed pages have {page} tokens after {first}, packed ones {packed_page} after {packed_first}"
 
 
 def page_reason(

@@ -4,7 +4,7 @@ A program takes a page of one head, or a part of its tokens: from the tail, the 
 one matrix, the scaling, the quantizer, and codes into planes; every buffer is written in place. Without
 maps the buffers have the bits that :meth:`~graphwright.ir.codecs.Codec.encode` gives: every operation is
 rounded as there, divisions exactly and multiply-adds uncontracted (but for sums: a norm may differ in its
-last bit). On request it also leaves a summary of each page: every channel's least and largest number.
+last bit).
 
 Device functions of the parts (``tiles.py``), in ``parts/``:
 
@@ -44,21 +44,8 @@ _AS_BITS = {
 
 
 @triton.jit
-def store_summary(summary, x, row, t, d, PAGE: tl.constexpr, FEATURES: tl.constexpr):
-    """Least and largest number of each channel ``d`` of a page, in the store's dtype; a NaN spoils both."""
-    spoilt = tl.max(((x != x) & (t < PAGE)).to(tl.int32), 0, keep_dims=True) > 0
-    low = tl.min(tl.where(t < PAGE, x, float("inf")), 0, keep_dims=True)
-    high = tl.max(tl.where(t < PAGE, x, float("-inf")), 0, keep_dims=True)
-    pointers = summary + row * 2 * FEATURES + d
-    kind = summary.dtype.element_ty
-    tl.store(pointers, tl.where(spoilt, float("nan"), low).to(kind), mask=d < FEATURES)
-    tl.store(pointers + FEATURES, tl.where(spoilt, float("nan"), high).to(kind), mask=d < FEATURES)
-
-
-@triton.jit
 def mapped(
-    pointers, stride, matrix, summary, row, t, d,
-    PAGE: tl.constexpr, FEATURES: tl.constexpr, CHUNK: tl.constexpr, SUMMARY: tl.constexpr,
+    pointers, stride, matrix, t, d, PAGE: tl.constexpr, FEATURES: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Tokens times ``matrix [D, D]``, features ``d`` of the result; ``CHUNK`` features at a time."""
     y = tl.zeros([t.shape[0], d.shape[1]], tl.float32)
@@ -66,8 +53,6 @@ def mapped(
         k = start + tl.arange(0, CHUNK)
         at = k[None, :]
         x = tl.load(pointers + at * stride, mask=(t < PAGE) & (at < FEATURES), other=0.0).to(tl.float32)
-        if SUMMARY:
-            store_summary(summary, x, row, t, at, PAGE, FEATURES)
         inside = (k[:, None] < FEATURES) & (d < FEATURES)
         part = tl.load(matrix + k[:, None] * FEATURES + d, mask=inside, other=0.0)
         y = tl.dot(x, part, y, input_precision="ieee")
@@ -76,11 +61,11 @@ def mapped(
 
 @triton.jit(do_not_specialize=["slots", "first", "places"])
 def encode_kernel(
-    tail, tail_strides, slots, rows, starts, matrix, codes, constants, scales, summary, first, places,
+    tail, tail_strides, slots, rows, starts, matrix, codes, constants, scales, first, places,
     GROUPS: tl.constexpr, PAGE: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr,
     RUNS: tl.constexpr, PADDED: tl.constexpr, MAPS: tl.constexpr, BY_HEAD: tl.constexpr,
     CHUNK: tl.constexpr, LEVEL: tl.constexpr, OPTION: tl.constexpr, GAIN: tl.constexpr,
-    SCALE: tl.constexpr, SCALE_OPTION: tl.constexpr, SUMMARY: tl.constexpr,
+    SCALE: tl.constexpr, SCALE_OPTION: tl.constexpr,
 ):  # fmt: skip
     """``TOKENS`` of one page of one head; grid (pages, heads, parts of a page). See :func:`encode_pages`."""
     RUN: tl.constexpr = FEATURES // RUNS
@@ -97,19 +82,17 @@ def encode_kernel(
         pointers += slot * tail_strides[2]
         if MAPS:
             own = matrix + (g * FEATURES * FEATURES if BY_HEAD else 0)
-            x = mapped(pointers, tail_strides[3], own, summary, row, t, d, PAGE, FEATURES, CHUNK, SUMMARY)
+            x = mapped(pointers, tail_strides[3], own, t, d, PAGE, FEATURES, CHUNK)
         else:
             inside = (t < PAGE) & (d < FEATURES)
             x = tl.load(pointers + d * tail_strides[3], mask=inside, other=0.0).to(tl.float32)
-            if SUMMARY:
-                store_summary(summary, x, row, t, d, PAGE, FEATURES)
         if SCALE is not None:
             x = SCALE(x, scales, row, g, t, d, SCALE_OPTION, PAGE, FEATURES)
         LEVEL(x, codes, constants, row, t, d, OPTION, PAGE, FEATURES, RUNS, GAIN)
 
 
-def encode_obstacle(text: str, shape: PageShape, summary: bool = False) -> str | None:
-    """Why no kernel packs pages of this shape by this codec (and summarizes them); None if one does."""
+def encode_obstacle(text: str, shape: PageShape) -> str | None:
+    """Why no kernel packs pages of this shape by this codec; None if one does."""
     try:
         tile = tile_codec(text, shape)
     except CodecError as error:
@@ -118,18 +101,18 @@ def encode_obstacle(text: str, shape: PageShape, summary: bool = False) -> str |
         return f"no kernel packs pages of {text}"
     if shape.features % tile.level.runs:
         return f"{shape.features} features do not fill the bytes of {tile.codec.quantizer}'s codes"
-    tokens, padded = _tile(tile, shape, summary)
+    tokens, padded = _tile(tile, shape)
     if tokens * tile.level.runs * padded > MAX_TILE:
         return f"a page of {shape.tokens} tokens of {shape.features} features is more than a program holds"
     return None
 
 
-def _tile(tile: TileCodec, shape: PageShape, summary: bool) -> tuple[int, int]:
+def _tile(tile: TileCodec, shape: PageShape) -> tuple[int, int]:
     """Tokens of a program and features of a run, padded; a matrix product needs 16 of each."""
     least = _LEAST if tile.maps else 1
     padded: int = triton.next_power_of_2(shape.features // tile.level.runs)
     tokens: int = triton.next_power_of_2(shape.tokens)
-    if not summary and (tile.scale is None or tile.scale.axis != "channel"):
+    if tile.scale is None or tile.scale.axis != "channel":
         tokens = min(tokens, _BLOCK)
     return max(least, tokens), max(least // tile.level.runs, padded)
 
@@ -141,7 +124,6 @@ def encode_pages(
     page: int,
     rows: torch.Tensor,
     starts: torch.Tensor,
-    summary: torch.Tensor | None = None,
 ) -> None:
     """Pack pages that are complete in the tail; nothing is read back to the host.
 
@@ -152,13 +134,12 @@ def encode_pages(
         codec: as text; one that :func:`encode_obstacle` has nothing against.
         page: P.
         rows, starts: ``[n]`` int64, each page's row and first token; a start below F is passed over.
-        summary: ``[B, N, G, 2, D]``, contiguous: also leave every channel's least and largest number.
     """
     _, tail, first, *buffers = store
     side = Side.of(store, constants, codec, page)
     assert side.tile is not None and side.shape is not None
     tile, matrix = side.tile, side.matrix()
-    tokens, padded = _tile(tile, side.shape, summary is not None)
+    tokens, padded = _tile(tile, side.shape)
     own = side.arguments("page")
     Launch(
         encode_kernel,
@@ -173,7 +154,6 @@ def encode_pages(
             "codes": _as_bits(own["page_codes"]),
             "constants": own["page_constants"],
             "scales": _as_bits(own["page_scales"]),
-            "summary": summary,
             "first": first.shape[2],
             "places": buffers[0].shape[1],
         },
@@ -192,7 +172,6 @@ def encode_pages(
             "GAIN": tile.level.gain,
             "SCALE": tile.scale and tile.scale.encode,
             "SCALE_OPTION": tile.scale.option if tile.scale else 0,
-            "SUMMARY": summary is not None,
         },
         num_warps=min(16, max(1, tokens * tile.level.runs * padded // 1024)),
         options=EXACT,

@@ -65,11 +65,11 @@ def cases() -> Iterator[Case]:
         yield f"packed {name} t8", partial(_packed, name, 128, 4, 8)
     yield "packed int4 d64 g8", partial(_packed, "int4", 64, 8, 1)
     yield "packed int4 first tokens, tree", partial(_packed, "int4", 128, 4, 8, first=4, tree=True)
-    yield "packed int4 listed", partial(_packed, "int4", 128, 4, 1, listed=True)
+    yield "attend listed pages", partial(_dense, 128, 4, 1, listed=16)
+    yield "packed int4 listed pages", partial(_packed, "int4", 128, 4, 1, listed=_PAGE)
     for name in CODECS:
         yield f"encode {name} keys", partial(_encode, name, 0)
         yield f"encode {name} values", partial(_encode, name, 1)
-    yield "encode int4 with summary", partial(_encode, "int4", 0, summary=True)
     yield "append", partial(_append, 128, 1)
     for tokens in (1, 8):
         yield f"rotary append t{tokens}", partial(_rotary_append, 128, tokens, "half")
@@ -84,9 +84,9 @@ def cases() -> Iterator[Case]:
     yield "routed", partial(_routed, 1)
     yield "routed, sorted", partial(_routed, 256)
     yield "routed, transposed, bias", partial(_routed, 1, transposed=True, bias=True)
-    yield "page scores", partial(_page_scores, 128, 4)
-    yield "select pages", partial(_select_pages, 2048)
-    yield "select pages, many", partial(_select_pages, 65536)
+    yield "score pages", partial(_score_pages, 128, 4)
+    yield "choose pages", partial(_choose_pages, 2048)
+    yield "choose pages, many, by mass", partial(_choose_pages, 65536, share=0.9)
     yield "argmax", _argmax
     yield "verify greedy", _verify
 
@@ -111,7 +111,13 @@ def _step(tokens: int, scale: float, tree: bool = False, **more: Any) -> dict[st
 
 
 def _dense(
-    width: int, group: int, tokens: int, dtype: torch.dtype = _BF16, sinks: bool = False, **more: Any
+    width: int,
+    group: int,
+    tokens: int,
+    dtype: torch.dtype = _BF16,
+    sinks: bool = False,
+    listed: int = 0,
+    **more: Any,
 ) -> object:
     from graphwright.kernels.triton.attention_ops import cache_attention
 
@@ -119,7 +125,15 @@ def _dense(
     q = _new(_BATCH, groups * group, tokens, width, dtype=dtype)
     keys, values = (_new(_BATCH, groups, _SLOTS, width, dtype=dtype) for _ in range(2))
     more["sinks"] = _new(groups * group, dtype=dtype) if sinks else None
+    more |= _lists(tokens, listed) if listed else {}
     return cache_attention(q, keys, values, **_step(tokens, width**-0.5, **more))
+
+
+def _lists(tokens: int, page: int, first: int = 0) -> dict[str, Any]:
+    """The arguments that say which pages are read."""
+    size = (_BATCH, tokens, 8)
+    pages = _new(*size, _SLOTS // page, dtype=torch.int32)
+    return {"pages": pages, "chosen": _new(*size, dtype=torch.int32), "page": page, "first": first}
 
 
 def _store(codec: str, width: int, first: int = 0, groups: int = 8) -> tuple[list[torch.Tensor], list[Any]]:
@@ -135,28 +149,28 @@ def _store(codec: str, width: int, first: int = 0, groups: int = 8) -> tuple[lis
 
 
 def _packed(
-    name: str, width: int, group: int, tokens: int, first: int = 0, listed: bool = False, **more: Any
+    name: str, width: int, group: int, tokens: int, first: int = 0, listed: int = 0, **more: Any
 ) -> object:
-    from graphwright.kernels.triton.attention import Attention, Pages, Side, Step
+    from graphwright.kernels.triton.attention_ops import packed_attention
 
     codecs = CODECS[name]
     (keys, key_tables), (values, value_tables) = (_store(codec, width, first) for codec in codecs)
-    sides = Side.of(keys, key_tables, codecs[0], _PAGE), Side.of(values, value_tables, codecs[1], _PAGE)
-    q = _new(_BATCH, 8 * group, tokens, width)
-    places = (_new(_BATCH, 8, 64, dtype=torch.int32), _new(_BATCH, 8, dtype=torch.int32)) if listed else None
-    pages = Pages(*sides, keys[0], (keys[2], values[2]), _PAGE, places)
-    return Attention(q, keys[1], values[1], Step(**_step(tokens, width**-0.5, **more)), pages).run()
+    q, slots = _new(_BATCH, 8 * group, tokens, width), _new(_BATCH, 1, _SLOTS, 0)
+    step = _step(tokens, width**-0.5, **more) | (_lists(tokens, listed, first) if listed else {})
+    return packed_attention(
+        q, keys, key_tables, values, value_tables, slots, key_codec=codecs[0], key_page=_PAGE,
+        value_codec=codecs[1], value_page=_PAGE, **step,
+    )  # fmt: skip
 
 
-def _encode(name: str, side: int, summary: bool = False) -> None:
+def _encode(name: str, side: int) -> None:
     from graphwright.kernels.triton.encode import encode_obstacle, encode_pages
 
     codec = CODECS[name][side]
     store, tables = _store(codec, 128)
     if reason := encode_obstacle(codec, PageShape(8, _PAGE, 128)):
         raise CompileError(f"no kernel packs by {codec}: {reason}")
-    kept = _new(_BATCH, _SLOTS // _PAGE, 8, 2, 128) if summary else None
-    encode_pages(store, tables, codec, _PAGE, _longs(_BATCH), _longs(_BATCH), kept)
+    encode_pages(store, tables, codec, _PAGE, _longs(_BATCH), _longs(_BATCH))
 
 
 def _append(width: int, tokens: int) -> object:
@@ -195,17 +209,20 @@ def _routed(tokens: int, transposed: bool = False, bias: bool = False) -> object
     return routed_linear(_new(tokens, 1, 2048), _longs(tokens, 4), weight, own, transposed)
 
 
-def _page_scores(width: int, group: int) -> object:
-    from graphwright.kernels.triton.page_scores import page_scores
+def _score_pages(width: int, group: int) -> object:
+    from graphwright.kernels.triton.score_pages import score_pages
 
-    q, summary = _new(_BATCH, 8 * group, 1, width), _new(_BATCH, _SLOTS // _PAGE, 8, 2, width)
-    return page_scores(q, summary, _longs(_BATCH))
+    q, summary = _new(_BATCH, 8 * group, 1, width), _new(_BATCH, _SLOTS // 16, 8, 2, width)
+    who = (_longs(_BATCH, 1), _longs(_BATCH), _longs(_BATCH), _longs(_BATCH))
+    return score_pages(q, [summary], [], *who, "bounds", 8, 16, 0, 96, 32, width**-0.5)
 
 
-def _select_pages(pages: int) -> object:
-    from graphwright.kernels.triton.select_pages import select_pages
+def _choose_pages(pages: int, share: float = 0.0) -> object:
+    from graphwright.kernels.triton.choose_pages import choose_pages
 
-    return select_pages(_new(_BATCH, 8, pages, dtype=_SINGLE), _longs(_BATCH), 128)
+    scores = _new(_BATCH, 1, 8, pages, dtype=_SINGLE)
+    who = (_longs(_BATCH, 1), _longs(_BATCH), _longs(_BATCH), _longs(_BATCH))
+    return choose_pages(scores, *who, 16, 0, 96, 32, 1, 0.125, share)
 
 
 def _argmax() -> object:

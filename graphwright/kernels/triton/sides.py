@@ -149,8 +149,6 @@ class Pages:
         packed: ``[B]`` int64 tokens that are in pages or first.
         first: ``[B, G, F, D]`` and ``[B, G, F, E]``.
         page: P.
-        listed: places to read ``[B, G, L]`` int32 and how many ``[B, G]`` int32; None reads all.
-        by_head: pages are ``[B, G, N, P, ..]``.
     """
 
     keys: Side
@@ -158,10 +156,8 @@ class Pages:
     packed: torch.Tensor
     first: tuple[torch.Tensor, torch.Tensor]
     page: int
-    listed: tuple[torch.Tensor, torch.Tensor] | None = None
-    by_head: bool = False
 
     @property
     def places(self) -> int:
         """Pages of a row."""
-        return int(self.keys.buffers[0].shape[2 if self.by_head else 1])
+        return int(self.keys.buffers[0].shape[1])
