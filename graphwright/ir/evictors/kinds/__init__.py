@@ -1,0 +1,9 @@
+"""The evictors. Each file registers one; importing the package makes them all known."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
