@@ -292,8 +292,14 @@ def ancestors(roots: Sequence[Node]) -> set[Node]:
 
 
 def is_appended(state: Node) -> bool:
-    """Whether steps write to a state slot by slot: a plain store, or the tail of a packed one."""
-    return bool(state.meta.get("store", {}).get("role", "tail") == "tail")
+    """Whether steps write to a state slot by slot: a plain store, the tail of a packed one, token ids."""
+    return state.meta.get("store", {}).get("role", "tail") in ("tail", "tokens")
+
+
+def shared_prefix(states: Iterable[Node]) -> int | None:
+    """Tokens that all rows of a batch are promised to share; 0: whatever they do; None: nothing is shared."""
+    parts = [state.meta.get("store", {}) for state in states]
+    return next((part["tokens"] for part in parts if part.get("role") == "prefix"), None)
 
 
 def stores_read(roots: Sequence[Node]) -> list[Node]:

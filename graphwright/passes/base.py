@@ -125,14 +125,19 @@ class Pass(ABC):
     Class attributes:
         scope: ``site`` for a pass that the planner may apply layer by layer, ``program`` for one choice
             for the whole program.
+        needs_context: what a lossy pass loses shows behind a long context only; it is measured there.
+        requires, provides: facts about the graph that have to hold before, and that hold after.
+        follows: names of the passes that come before this one where both are in a list.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     fidelity: ClassVar[Fidelity]
+    needs_context: ClassVar[bool] = False
     scope: ClassVar[Literal["site", "program"]] = "site"
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
+    follows: ClassVar[frozenset[str]] = frozenset()
 
     layers: str = field(default="", kw_only=True)
 
@@ -140,6 +145,11 @@ class Pass(ABC):
     def variants(cls) -> list[Pass]:
         """What the planner tries: the pass in each form worth pricing. Default: as it is by itself."""
         return [cls()]
+
+    @classmethod
+    def proposed(cls, workload: Workload) -> list[Pass]:
+        """What the planner tries for a workload. Default: :meth:`variants`, whatever the workload."""
+        return cls.variants()
 
     def step_shape(self) -> StepShape:
         """For a program-wide pass: how many tokens a step runs and yields. Default: one."""
@@ -167,17 +177,18 @@ class Pass(ABC):
 
     @final
     def __call__(
-        self, graph: Graph, workload: Workload, target: Target, *, force: bool = False
+        self, graph: Graph, workload: Workload, target: Target, *, force: bool = False, rollback: bool = True
     ) -> list[SiteRecord]:
         """Apply at every legal and profitable site; on an error the graph is as it was.
 
         Args:
             force: apply wherever it is legal, profitable or not (the pass was asked for by name).
+            rollback: whether the graph must be as it was after an error; a copy of one's own need not.
 
         Raises:
             PassError: ``apply`` or the verifier failed.
         """
-        snapshot = graph.copy()
+        snapshot = graph.copy() if rollback else graph
         try:
             sites = self._selected(self.find(graph))
             records = [self._at(site, graph, workload, target, force) for site in sites]
@@ -331,7 +342,7 @@ def _takes(cls: type[Pass], option: str) -> bool:
 
 
 def order_passes(chosen: Iterable[Pass]) -> list[Pass]:
-    """Order by ``requires`` and ``provides``; the given order breaks ties.
+    """Order by ``requires``, ``provides`` and ``follows``; the given order breaks ties.
 
     Raises:
         PassError: something that is required is provided by no pass of the list.
@@ -341,7 +352,9 @@ def order_passes(chosen: Iterable[Pass]) -> list[Pass]:
     ordered: list[Pass] = []
     done: frozenset[str] = frozenset()
     while waiting:
-        ready = next((p for p in waiting if p.requires & offered <= done and p.requires <= offered), None)
+        able = [p for p in waiting if p.requires & offered <= done and p.requires <= offered]
+        names = {p.name for p in waiting}
+        ready = next((p for p in able if not p.follows & (names - {p.name})), None)
         if ready is None:
             stuck = waiting[0]
             missing = ", ".join(sorted(stuck.requires - done))

@@ -26,7 +26,10 @@ _FREE = (
     "getitem",
 )
 # Kernels stay calls of their own, compiled or not.
-_KERNELS = ("linear", "routed_linear", "gated_mlp", "mlp", "attention", "cache_attention", "cache_append")
+_KERNELS = (
+    "linear", "routed_linear", "gated_mlp", "mlp", "attention", "cache_attention", "cache_append",
+    "prefix_attention", "prefill_attention",
+)  # fmt: skip
 
 
 @register_pass

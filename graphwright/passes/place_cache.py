@@ -202,6 +202,20 @@ def step_inputs(graph: Graph) -> dict[str, Node]:
     return found
 
 
+def dense_input(graph: Graph) -> Node:
+    """The input ``dense [B]``: how many tokens of the step read everything; see ``ir/sparse_ops.py``."""
+    inputs = step_inputs(graph)
+    for node in graph.placeholders("input"):
+        if node.meta["name"] == "dense":
+            return node
+    with graph.fx.inserting_after(inputs["tree"]):
+        dense = graph.fx.placeholder("dense")
+    with graph.fake_mode:
+        fake = torch.empty_like(value(inputs["counts"]))
+    dense.meta.update(kind="input", name="dense", val=fake)
+    return dense
+
+
 def _tree_like(graph: Graph, positions: torch.Tensor) -> torch.Tensor:
     """``[B, N]`` with N of its own: 0 for a chain, T for a tree."""
     width = new_size(graph, 3)
@@ -219,7 +233,8 @@ def new_size(graph: Graph, hint: int) -> Any:
 
 def add_store(graph: Graph, name: str, groups: int, features: int, like: torch.Tensor, window: int) -> Node:
     """A state placeholder ``[B, G, S, D]``; stores with the same window share the symbol S."""
-    slots = next((value(n).shape[2] for n in graph.placeholders("state") if n.meta["window"] == window), None)
+    plain = [n for n in graph.placeholders("state") if n.meta["window"] == window and "store" not in n.meta]
+    slots = next((value(n).shape[2] for n in plain), None)
     if slots is None:
         slots = new_size(graph, 37 + window)
     with graph.fake_mode:

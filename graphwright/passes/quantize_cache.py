@@ -125,6 +125,8 @@ class QuantizeCache(Pass):
 
     def legal(self, site: Site) -> Verdict:
         graph: Graph = site.info["graph"]
+        if argument(site.nodes[0], "pages") is not None:
+            return Verdict(False, "its pages are selected already: pack the cache first")
         recipe = self.recipe()
         words = []
         for store in site.info["stores"]:

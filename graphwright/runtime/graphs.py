@@ -115,6 +115,7 @@ class StepInputs:
         counts: ``[B]`` int64.
         depth, tree: ``[B, T]`` int64, or None.
         last: only the logits of each row's last valid token.
+        dense: ``[B]`` int64, tokens that read everything; None: none of them.
     """
 
     tokens: torch.Tensor
@@ -122,15 +123,17 @@ class StepInputs:
     depth: torch.Tensor | None
     tree: torch.Tensor | None
     last: bool
+    dense: torch.Tensor | None = None
 
     @property
-    def key(self) -> tuple[int, bool, bool, bool]:
+    def key(self) -> tuple[int, bool, bool, bool, bool]:
         """Steps of one key are one graph."""
         return (
             token_bucket(self.tokens.shape[1]),
             self.depth is not None,
             self.tree is not None,
             self.last and self.tokens.shape[1] > 1,
+            self.dense is not None,
         )
 
     def static(self) -> StepInputs:
@@ -141,11 +144,14 @@ class StepInputs:
             return None if given is None else given.new_zeros((rows, width))
 
         tokens, counts = self.tokens.new_zeros((rows, width)), torch.zeros_like(self.counts)
-        return StepInputs(tokens, counts, like(self.depth), like(self.tree), self.key[-1])
+        dense = None if self.dense is None else torch.zeros_like(self.dense)
+        return StepInputs(tokens, counts, like(self.depth), like(self.tree), self.key[3], dense)
 
     def copy_from(self, given: StepInputs) -> None:
         """Take a step's inputs over. Columns beyond its tokens are padding, whatever they hold."""
         self.counts.copy_(given.counts)
+        if self.dense is not None and given.dense is not None:
+            self.dense.copy_(given.dense)
         width = given.tokens.shape[1]
         pairs = ((self.tokens, given.tokens), (self.depth, given.depth), (self.tree, given.tree))
         for mine, other in pairs:
@@ -173,8 +179,8 @@ class StepGraphs:
         refused: Callable[[str], None],
     ) -> None:
         self._backend, self._run, self._device, self._refused = backend, run, device, refused
-        self._seen: set[tuple[int, bool, bool, bool]] = set()
-        self._captured: dict[tuple[int, bool, bool, bool], tuple[StepInputs, Callable[[], torch.Tensor]]] = {}
+        self._seen: set[tuple[object, ...]] = set()
+        self._captured: dict[tuple[object, ...], tuple[StepInputs, Callable[[], torch.Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self._captured)

@@ -8,20 +8,17 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.fx.node import Node
 
 from graphwright.ir.errors import CapacityError, InputError
-from graphwright.ir.graph import is_appended, value
-from graphwright.ir.packed_ops import page_count, tail_slots
+from graphwright.ir.prefix_ops import OWN_LENGTHS
+from graphwright.runtime.allocation import Allocator
 from graphwright.runtime.graphs import CudaGraphs, GraphBackend, StepGraphs, StepInputs, why_not_captured
 from graphwright.runtime.lowering.lower import LoweredStep
 from graphwright.runtime.speculation.tree import MAX_TREE_TOKENS
 from graphwright.runtime.state_pool import StatePool
-from graphwright.runtime.storage import MAX_STEP_TOKENS, PREFILL_CHUNK, State, slots_for, window_slack
+from graphwright.runtime.storage import MAX_STEP_TOKENS, PREFILL_CHUNK, State, window_slack
 
 Logits = Literal["last", "all"]
-#: The part of the cache that a state belongs to, by its role in a packed store; None is a plain store.
-_PARTS = {None: "stores", "tail": "tail", "first": "first"}
 
 
 class Program:
@@ -38,8 +35,11 @@ class Program:
 
     Attributes:
         runs_ahead: a step is queued on the device, and the host need not wait for it.
+        refresh: generated tokens between dense passes; 0 for none.
         graphs_off: why steps are not recorded on a device where they could be; None if they are, or if
             the device has no such thing.
+        shared_prefix: tokens that the rows of a batch are promised to begin with, which are then stored once;
+            0: whatever they share; None: the program shares nothing.
 
     Logits of a row do not depend on the other rows, nor on how many tokens the step has.
     """
@@ -61,13 +61,13 @@ class Program:
         self.config, self.device, self.dtype = config, device, dtype
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self._calls = [(call, tuple(ins), tuple(outs)) for call, ins, outs in step.calls]
-        self._windows = {
-            name: node.meta["window"] for name, node in step.state_nodes.items() if is_appended(node)
-        }
-        slacks = [window_slack(w) for w in self._windows.values() if w]
-        self._chunk = min([PREFILL_CHUNK, *slacks])
+        self._allocator = Allocator(step, device)
+        self.shared_prefix = self._allocator.shared_prefix
+        slacks = [window_slack(w) for w in self._allocator.windows.values() if w]
+        self._chunk = min([step.prefill_chunk or PREFILL_CHUNK, *slacks])
         self._alive: weakref.WeakSet[State] = weakref.WeakSet()
         self.runs_ahead = device.type == "cuda"
+        self.refresh = max((layout.refresh for layout in step.summaries), default=0)
         self.graphs_off: str | None = None
         self._graphs: GraphBackend | None = None
         graphs = CudaGraphs() if graphs is None else graphs
@@ -78,29 +78,27 @@ class Program:
 
     # --- the cache -------------------------------------------------------------------------------
 
-    def allocate(self, batch: int, capacity: int) -> State:
-        """A fresh cache for ``batch`` rows of at most ``capacity`` tokens."""
-        stores = {
-            name: _allocate(node, batch, capacity, self.device)
-            for name, node in self.lowered.state_nodes.items()
-        }
-        fixed = self._graphs is not None
-        state = State(stores, self._windows, batch, capacity, self.device, self.lowered.packed, fixed)
-        if not stores:
-            history = torch.zeros((batch, 1, capacity, 1), dtype=torch.int64, device=self.device)
-            state.stores["input_ids"] = history
-            state.windows = {"input_ids": 0}
+    def allocate(self, batch: int, capacity: int, prefix: int = 0) -> State:
+        """A fresh cache for ``batch`` rows of at most ``capacity`` tokens.
+
+        Args:
+            prefix: how many of them all rows share; :meth:`prefill` takes them from the first row's prompt.
+
+        Raises:
+            InputError: the program shares no prefix, or none that long.
+        """
+        state = self._allocator.allocate(batch, capacity, prefix, fixed=self._graphs is not None)
         self._alive.add(state)
         return state
 
-    def borrow(self, batch: int, capacity: int) -> State:
+    def borrow(self, batch: int, capacity: int, prefix: int = 0) -> State:
         """An empty cache for one call, to be given back: one with captured steps if there is one.
 
-        It may hold more than ``capacity`` tokens a row.
+        It may hold more than ``capacity`` tokens a row. ``prefix`` is as in :meth:`allocate`.
         """
         if self._graphs is None:
-            return self.allocate(batch, capacity)
-        return self._pool.borrow(batch, capacity, self.allocate)
+            return self.allocate(batch, capacity, prefix)
+        return self._pool.borrow(batch, capacity, partial(self.allocate, prefix=prefix), prefix)
 
     def give_back(self, state: State) -> None:
         """The end of a call that borrowed ``state``, in whatever condition it is."""
@@ -116,14 +114,14 @@ class Program:
         return sum(state.nbytes() for state in self._alive)
 
     def cache_parts(self) -> dict[str, int]:
-        """Bytes of the caches that are alive by part, if some stores are packed; else empty."""
-        if not self.lowered.packed:
+        """Bytes of the caches that are alive by part, if they have several; else empty."""
+        if not self.lowered.packed and not self.lowered.summaries:
             return {}
-        parts = dict.fromkeys(("stores", "pages", "tail", "first"), 0)
+        kinds = ("stores", "pages", "tail", "first", *(("summaries",) if self.lowered.summaries else ()))
+        parts = dict.fromkeys(kinds, 0)
         for state in self._alive:
             for name, held in state.stores.items():
-                part = self.lowered.state_nodes[name].meta.get("store", {}).get("role")
-                parts[_PARTS.get(part, "pages")] += held.nbytes
+                parts[self._allocator.part(name)] += held.nbytes
         return parts
 
     # --- running ---------------------------------------------------------------------------------
@@ -137,6 +135,7 @@ class Program:
         *,
         depth: torch.Tensor | None = None,
         tree: torch.Tensor | None = None,
+        dense: torch.Tensor | None = None,
         logits: Logits = "all",
     ) -> torch.Tensor:
         """Run new tokens over the cache without committing them.
@@ -146,6 +145,8 @@ class Program:
             counts: ``[B]`` int64.
             depth: ``[B, T]`` distance of each token from the last committed one, minus one; None: 0..T-1.
             tree: ``[B, T]`` int64 visibility bits, see ``cache_attention``; None: a chain.
+            dense: ``[B]`` int64: the first ``dense[b]`` tokens of a row read everything, where pages are
+                selected; None: no token does.
             logits: ``all`` gives ``[B, T, V]``, ``last`` gives ``[B, 1, V]`` of each row's last valid token.
 
         Raises:
@@ -162,7 +163,7 @@ class Program:
             )
         self._check_room(state, counts, width)
         state.make_room(width)
-        given = StepInputs(tokens, counts, depth, tree, logits == "last")
+        given = StepInputs(tokens, counts, depth, tree, logits == "last", dense)
         if self._graphs is not None and state.takes_short_steps and width <= MAX_STEP_TOKENS:
             return self._graphs_of(state).step(given)
         if not self.lowered.states:
@@ -177,7 +178,14 @@ class Program:
 
     @torch.no_grad()
     def prefill(self, state: State, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Run and commit right-padded prompts ``[B, T]``; logits ``[B, V]`` of each row's last token."""
+        """Run and commit right-padded prompts ``[B, T]``; logits ``[B, V]`` of each row's last token.
+
+        Into an empty state with a shared prefix, the prefix runs once, as the first row has it.
+        """
+        if state.prefix and not any(state.known):
+            self._begin(state, tokens[:1, : state.prefix])
+            tokens, counts = tokens[:, state.prefix :], counts - state.prefix
+        state.begin_prompt(tokens.shape[1])
         result: torch.Tensor | None = None
         wanted: list[int] = counts.tolist()
         for start in range(0, tokens.shape[1], self._chunk):
@@ -186,7 +194,7 @@ class Program:
             valid = (counts - start).clamp(0, width)
             self._check_room(state, valid, width)
             state.make_room(width)
-            given = StepInputs(chunk, valid, None, None, True)
+            given = StepInputs(chunk, valid, None, None, True, dense=valid)
             if self.lowered.states:
                 logits = self._run_step(state.stores, state.lengths, given)[:, 0]
             else:
@@ -196,6 +204,12 @@ class Program:
         assert result is not None, "a prompt has at least one token"
         state.shrink()
         return result
+
+    def _begin(self, state: State, tokens: torch.Tensor) -> None:
+        """Run a shared prefix ``[1, F]``: through a state of one row whose own stores are the prefix's."""
+        one = self._allocator.first_row(state)
+        self.prefill(one, tokens, torch.full((1,), tokens.shape[1], dtype=torch.int64, device=self.device))
+        state.begin_with(one)
 
     def _graphs_of(self, state: State) -> StepGraphs:
         if state.graphs is None:
@@ -222,7 +236,11 @@ class Program:
             "lengths": lengths,
             "counts": counts,
             "tree": tree if tree is not None else torch.empty_like(positions[:, :0]),
+            "dense": given.dense if given.dense is not None else torch.zeros_like(counts),
         }
+        prefix = next(iter(self._allocator.prefixes.values()), None)  # all are of one length
+        if prefix is not None:
+            named[OWN_LENGTHS] = lengths - stores[prefix].shape[2]
         for name, slot in self.lowered.inputs.items():
             values[slot] = named[name]
         for name, slot in self.lowered.states.items():
@@ -287,18 +305,6 @@ class Program:
                 where="Program.step",
                 hint="allocate a larger cache, or shorten the prompt or max_new_tokens",
             )
-
-
-def _allocate(node: Node, batch: int, capacity: int, device: torch.device) -> torch.Tensor:
-    """A state for so many tokens a row: its symbolic sizes are the batch and the slots (or pages)."""
-    fake, slots = value(node), slots_for(capacity, node.meta["window"])
-    part = node.meta.get("store")
-    if part is not None and part["role"] == "tail":
-        slots = tail_slots(part["page"], part["first"], part["recent"], MAX_STEP_TOKENS)
-    elif part is not None and part["role"] == "buffer":
-        slots = page_count(slots, part["page"], part["first"], node.meta["window"])
-    shape = [batch, *(size if isinstance(size, int) else slots for size in fake.shape[1:])]
-    return torch.zeros(shape, dtype=fake.dtype, device=device)
 
 
 def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -29,13 +29,18 @@ class StatePool:
     def __len__(self) -> int:
         return len(self._idle)
 
-    def borrow(self, batch: int, capacity: int, allocate: Callable[[int, int], State]) -> State:
-        """An empty state of at least this capacity, a new one from ``allocate`` if none is kept."""
+    def borrow(
+        self, batch: int, capacity: int, allocate: Callable[[int, int], State], prefix: int = 0
+    ) -> State:
+        """An empty state of at least this capacity, a new one from ``allocate`` if none is kept.
+
+        One whose rows share another ``prefix`` makes way for it.
+        """
         wanted = capacity_bucket(capacity)
         if self._most is not None:
             wanted = max(capacity, min(wanted, self._most))
         state = self._idle.pop((batch, wanted), None)
-        if state is None:
+        if state is None or state.prefix != prefix:
             return allocate(batch, wanted)
         state.reset()
         return state

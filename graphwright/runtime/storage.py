@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from graphwright.ir.errors import CapacityError
+from graphwright.runtime.evicted_layout import EvictedLayout
+from graphwright.runtime.evicted_storage import Eviction
 from graphwright.runtime.packed_storage import PackedLayout
+from graphwright.runtime.page_summaries import Summaries, SummaryLayout
 from graphwright.runtime.transfers import upload
 
 #: Most tokens of one row in one decode or verification step.
@@ -38,11 +41,14 @@ class State:
         packed: the stores that are packed.
         fixed: decode steps find every store at the same address for as long as the state lives, also
             after longer steps: what graphs of them need.
+        summaries: of the stores whose pages attention selects from.
+        evicted: the layers that hold fewer tokens than their rows have.
 
     Attributes:
         lengths: ``[B]`` int64, committed tokens of each row; one tensor for as long as the state lives.
         known: the same on the host, so that nothing has to be read from the device.
         graphs: what was captured of steps over this state, if anything.
+        prefix: tokens that all rows share, which are kept once; see :meth:`share`.
 
     Tokens beyond ``lengths`` are whatever the last step wrote; not committing them is the rollback.
     """
@@ -56,10 +62,14 @@ class State:
         device: torch.device,
         packed: Sequence[PackedLayout] = (),
         fixed: bool = False,
+        summaries: Sequence[SummaryLayout] = (),
+        evicted: Sequence[EvictedLayout] = (),
     ) -> None:
         self.stores = stores
         self.windows = windows
         self.packed = tuple(packed)
+        self.summaries = Summaries(summaries, batch)
+        self.eviction = Eviction(evicted, stores, batch, capacity, device, fixed) if evicted else None
         # Stores that fill their pages at the same lengths: one of each kind says when any must pack.
         self._paces = {layout.pace: layout for layout in packed}
         self.batch, self.capacity = batch, capacity
@@ -72,6 +82,8 @@ class State:
         self._fixed = fixed
         self._tails: dict[str, torch.Tensor] = {}  # of decode steps, while a longer step has larger ones
         self.graphs: Any = None
+        self.prefix = 0
+        self._prefixes: Mapping[str, str] = {}
 
     def nbytes(self) -> int:
         """Bytes of all stores."""
@@ -86,6 +98,9 @@ class State:
         self.known = [length] * self.batch
         for layout in self.packed:
             self.stores[layout.roles["packed"]].fill_(layout.packable(length))
+        self.summaries.pretend(length)
+        if self.eviction is not None:
+            self.eviction.pretend(length)
         self._done = {pace: [one.packable(length)] * self.batch for pace, one in self._paces.items()}
 
     def reset(self) -> None:
@@ -93,10 +108,37 @@ class State:
         self.lengths.zero_()
         for layout in self.packed:
             self.stores[layout.roles["packed"]].zero_()
+        self.summaries.reset()
+        if self.eviction is not None:
+            self.eviction.reset()
         self.known = [0] * self.batch
         self._done = {pace: [0] * self.batch for pace in self._paces}
         self._furthest = 0
         self.shrink()  # a long step may have been interrupted
+
+    def share(self, prefix: int, prefixes: Mapping[str, str]) -> None:
+        """Rows share so many tokens; the stores that ``prefixes`` names begin after them.
+
+        Args:
+            prefixes: by the name of a store, that of the state ``[1, G, F, D]`` which holds its prefix.
+        """
+        self.prefix, self._prefixes = prefix, prefixes
+
+    def begin_with(self, one: State) -> None:
+        """Every row begins with the tokens of a state of one row: those of the shared prefix.
+
+        The states that hold the prefix have them already; the others are copied.
+        """
+        elsewhere = {*self._prefixes, *self._prefixes.values()}
+        for name, store in self.stores.items():
+            if name not in elsewhere:
+                store.copy_(one.stores[name].expand_as(store))
+        self.lengths.copy_(one.lengths.expand_as(self.lengths))
+        self.known = one.known * self.batch
+        self._done = {pace: done * self.batch for pace, done in one._done.items()}
+        self.summaries.pretend(self.prefix)  # those of its pages were copied
+        if self.eviction is not None and one.eviction is not None:
+            self.eviction.adopt(one.eviction)
 
     def commit(self, accepted: torch.Tensor, known: Sequence[int] | None = None) -> None:
         """Keep the first ``accepted[b]`` tokens of the last step (``[B]``); the rest is rolled back.
@@ -108,6 +150,9 @@ class State:
         self.lengths += accepted
         counts = accepted.tolist() if known is None else known
         self.known = [length + count for length, count in zip(self.known, counts, strict=True)]
+        self.summaries.write(self.stores, self.known)  # packing takes away what they are made from
+        if self.eviction is not None:
+            self.eviction.commit(accepted, counts, self.known)
         for pace, one in self._paces.items():
             if any(one.packable(n) > done for n, done in zip(self.known, self._done[pace], strict=True)):
                 self._pack()
@@ -127,10 +172,26 @@ class State:
             if chosen == list(range(count)):
                 continue
             moves = upload([[start + node for node in chosen], range(start, start + count)], path.device)
-            for store in self._appended():
-                origin, target = moves.to(store.device) % store.shape[2]
+            for name in self.windows:
+                store, before = self.stores[name], self.prefix if name in self._prefixes else 0
+                origin, target = (moves.to(store.device) - before) % store.shape[2]
                 store[row].index_copy_(1, target, store[row].index_select(1, origin))
+            if self.eviction is not None:
+                self.eviction.move(row, chosen, start)
         self.commit(accepted, counts)
+
+    def rewind(self, tokens: Sequence[int]) -> None:
+        """Take back the last ``tokens[b]`` committed tokens of each row, which the next step runs again.
+
+        They are not packed: passes that ask for this keep so many newest tokens as they are.
+        """
+        self._furthest = max(self._furthest, *self.known)
+        before = self.known
+        self.known = [length - back for length, back in zip(self.known, tokens, strict=True)]
+        if self.eviction is not None:
+            self.eviction.rewind(before, self.known)
+        self.lengths -= upload(list(tokens), self.lengths.device)
+        self.summaries.cut(self.known)
 
     def truncate(self, lengths: torch.Tensor) -> None:
         """Forget everything after ``lengths[b]`` tokens (``[B]``).
@@ -138,11 +199,18 @@ class State:
         Of a packed page that is cut, the tokens that stay return to the tail as the codec kept them.
 
         Raises:
-            CapacityError: a sliding-window store no longer holds what the shorter row would need.
+            CapacityError: a sliding-window store no longer holds what the shorter row would need, the row
+                would end within the prefix that it shares, or tokens were evicted since.
         """
         self._furthest = max(self._furthest, *self.known)
         known = [min(pair) for pair in zip(self.known, lengths.tolist(), strict=True)]
         shortest = min(known)
+        if shortest < self.prefix:
+            raise CapacityError(
+                f"cannot go back to {shortest} tokens: the rows share their first {self.prefix}",
+                where="State.truncate",
+                hint="start a new cache for the shorter sequence",
+            )
         for name, window in self.windows.items():
             slots = slots_for(self.capacity, window)
             lost = self._furthest - slots
@@ -152,37 +220,57 @@ class State:
                     where="State.truncate",
                     hint="start a new cache for the shorter sequence",
                 )
+        if self.eviction is not None:
+            self.eviction.check_cut(self.known, known)
+            self.eviction.cut(self.known, known)
         self.lengths.copy_(torch.minimum(self.lengths, lengths))
         self.known = known
+        self.summaries.cut(known)
         for layout in self.packed:
             layout.unpack(self.stores, known)
         for pace, one in self._paces.items():
             self._done[pace] = self.stores[one.roles["packed"]].tolist()
 
     def room(self) -> list[int]:
-        """Tokens that each row may run before it packs its next page; no limit without packed stores.
+        """Tokens that each row may run in one step and see every page as steps of one token would.
 
-        A step that stops there sees every page as a step of one token would: speculation changes nothing.
+        Rows stop before they pack their next page, and where newest tokens end that are always read; so
+        speculation changes nothing. Without packed stores and selected pages there is no limit.
         """
         paces = self._paces.values()
-        return [min((one.room(length) for one in paces), default=self.capacity) for length in self.known]
+        most = self.summaries.room(default=self.capacity)
+        room = [min([most, *(one.room(length) for one in paces)]) for length in self.known]
+        if self.eviction is None:
+            return room
+        return [min(n, self.eviction.room(row)) for row, n in enumerate(room)]
 
     @property
     def takes_short_steps(self) -> bool:
         """Whether the tails are those of decode steps, where graphs of such steps look for them."""
-        return self._step_tokens == MAX_STEP_TOKENS
+        is_large = self.eviction is not None and self.eviction.is_large
+        return self._step_tokens == MAX_STEP_TOKENS and not is_large
+
+    def begin_prompt(self, tokens: int) -> None:
+        """A prompt of so many tokens a row is about to run; :meth:`shrink` ends it."""
+        if self.eviction is not None:
+            self.eviction.begin_prompt(tokens)
 
     def make_room(self, tokens: int) -> None:
         """Let the next step have ``tokens`` tokens a row; a decode or verification step always fits."""
+        if self.eviction is not None:
+            self.eviction.make_room(tokens)
         wanted = max(tokens, MAX_STEP_TOKENS)
         if wanted > self._step_tokens:
-            if self._fixed and self.takes_short_steps:
+            if self._fixed and self._step_tokens == MAX_STEP_TOKENS:
                 roles = [layout.roles["tail"] for layout in self.packed]
                 self._tails = {name: self.stores[name] for name in roles}
             self._resize(wanted)
 
     def shrink(self) -> None:
-        """Give back what a long step needed."""
+        """Give back what a long step, or a prompt, needed."""
+        if self.eviction is not None:
+            self.eviction.end_prompt(self.known)
+            self.eviction.shrink()
         if self._step_tokens != MAX_STEP_TOKENS:
             self._resize(MAX_STEP_TOKENS)
 
@@ -193,7 +281,7 @@ class State:
                 self.stores, self.known, step_tokens, packed=self._done[layout.pace], into=into
             )
         self._step_tokens = step_tokens
-        if self.takes_short_steps:
+        if step_tokens == MAX_STEP_TOKENS:
             self._tails = {}
 
     def _pack(self) -> None:

@@ -52,8 +52,10 @@ class OwnStates:
     """A program whose states are used once."""
 
     runs_ahead = False
+    refresh = 0
+    shared_prefix = None
 
-    def borrow(self, batch: int, capacity: int) -> Any:
+    def borrow(self, batch: int, capacity: int, prefix: int = 0) -> Any:
         return self.allocate(batch, capacity)  # type: ignore[attr-defined]
 
     def give_back(self, state: Any) -> None:
@@ -126,6 +128,7 @@ class ReferenceProgram(OwnStates):
         *,
         depth: torch.Tensor | None = None,
         tree: torch.Tensor | None = None,
+        dense: torch.Tensor | None = None,
         logits: str = "all",
     ) -> torch.Tensor:
         assert tokens.dtype == counts.dtype == torch.int64

@@ -38,7 +38,7 @@ class PackedModel:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._graph, _ = capture_step(model)
-        self._graph.samples = StoreSamples(self._lowered, _text)
+        self._graph.samples = StoreSamples(self._lowered, _text, lambda: torch.arange(VOCAB) % 7 == 0)
 
     def rewrite(self, passes: Sequence[str]) -> tuple[Graph, list[SiteRecord]]:
         """The graph after the passes, and what each of them did at each site."""

@@ -114,7 +114,7 @@ def test_what_the_allocator_really_says(models: Models, monkeypatch: pytest.Monk
     model = models["plain"]
     allocate = model.program.allocate
 
-    def huge(batch: int, capacity: int) -> Any:
+    def huge(batch: int, capacity: int, prefix: int = 0) -> Any:
         return allocate(batch, 1 << 45)
 
     ids, _ = repetitive_prompts([20])
@@ -210,10 +210,10 @@ def test_kept_states_make_room(
     assert waiting > 0
     target = getattr(program, method)
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if program.cache_bytes() - waiting * (method == "prefill") > 0 and len(program._pool):
             raise ERRORS["gpu"]
-        return target(*args)
+        return target(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(program, method, run)

@@ -25,8 +25,8 @@ class Oracle(Drafter):
     name = "oracle"
     wants_logits = True
 
-    def __init__(self, answers: list[list[int]], wrong: int = 4, width: int = 1) -> None:
-        self.answers, self.wrong, self.width = answers, wrong, width
+    def __init__(self, answers: list[list[int]], wrong: int = 4, width: int = 1, vocab: int = VOCAB) -> None:
+        self.answers, self.wrong, self.width, self.vocab = answers, wrong, width, vocab
         self.seen: list[list[int]] = []
 
     def begin(self, prompts: list[list[int]], program: Any) -> None:
@@ -42,9 +42,9 @@ class Oracle(Drafter):
         parents: list[int] = []
         parent = -1
         for place, token in enumerate(answer):
-            guesses = [(token + other) % VOCAB for other in range(self.width - 1, -1, -1)]
+            guesses = [(token + other) % self.vocab for other in range(self.width - 1, -1, -1)]
             if (start + place) % self.wrong == self.wrong - 1:
-                guesses = [(guess + 11) % VOCAB for guess in guesses]
+                guesses = [(guess + 11) % self.vocab for guess in guesses]
             if len(tokens) + len(guesses) > limit:
                 break
             tokens += guesses
@@ -53,7 +53,7 @@ class Oracle(Drafter):
         return Draft(tokens, parents)
 
     def observe(self, row: int, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
-        assert logits is not None and logits.shape == (len(tokens), VOCAB)
+        assert logits is not None and logits.shape == (len(tokens), self.vocab)
         assert logits.argmax(-1).tolist() == list(tokens)
         self.seen[row].extend(tokens)
 

@@ -59,7 +59,7 @@ def why_token_by_token(request: Request, speculation: Speculation | None) -> str
 
 def make_loop(program: DecodingProgram, request: Request, speculation: Speculation | None) -> DecodeLoop:
     """The loop for a request on a program."""
-    if program.runs_ahead and why_token_by_token(request, speculation) is None:
+    if program.runs_ahead and not program.refresh and why_token_by_token(request, speculation) is None:
         return DeviceLoop(program, request)
     return DecodeLoop(program, request, speculation)
 

@@ -17,8 +17,10 @@ from graphwright.runtime.decoding.inputs import right_padded
 from graphwright.runtime.decoding.memory import free_memory, is_out_of_memory
 from graphwright.runtime.decoding.processing import RaggedProcessors
 from graphwright.runtime.decoding.protocol import DecodingProgram, DecodingState
+from graphwright.runtime.decoding.rectify import dense_tokens, from_newest, until_pass, with_window
 from graphwright.runtime.decoding.request import Request
 from graphwright.runtime.decoding.transcript import Transcript
+from graphwright.runtime.shared_prefix import tokens_to_share
 from graphwright.runtime.speculation import Speculation
 from graphwright.runtime.speculation.drafter import NO_DRAFT, Draft
 from graphwright.runtime.speculation.stats import GenerationStats
@@ -57,11 +59,14 @@ class DecodeLoop:
         self.stats = GenerationStats(calls=1, prompt_tokens=sum(len(prompt) for prompt in request.prompts))
         self.stats.speculation_off = why_not_speculate(request, speculation)
         self.speculation = None if self.stats.speculation_off else speculation
+        self._shared = tokens_to_share(program.shared_prefix, request.prompts)
+        self.stats.shared_prefix_tokens = self._shared
         self.transcript = self._make_transcript()
         longest = max(len(prompt) for prompt in request.prompts)
         self._capacity = longest + request.max_new_tokens
         self._committed = [len(prompt) for prompt in request.prompts]
         self._plain: tuple[list[int], torch.Tensor] | None = None
+        self._leads = [0] * request.batch  # tokens of each row that the step runs again
         self._verifier = self._make_verifier()
 
     def _make_transcript(self) -> Transcript:
@@ -98,7 +103,7 @@ class DecodeLoop:
 
     def _prefill(self) -> tuple[Any, torch.Tensor]:
         program, request = self.program, self.request
-        state = program.borrow(request.batch, self._capacity)
+        state = program.borrow(request.batch, self._capacity, self._shared)
         logits = program.prefill(state, *right_padded(request.prompts, program.device))
         return state, logits[:, None]
 
@@ -122,16 +127,40 @@ class DecodeLoop:
                 self._observe(logits, rows, verdicts)
                 drafts = self._propose(state, going_on)
             rows = going_on
+            dense = self._rewind(state, rows)
             step = self._step_tokens(rows, drafts)
-            logits = program.step(state, step.tokens, step.counts, depth=step.depth, tree=step.tree)
+            logits = program.step(
+                state, step.tokens, step.counts, depth=step.depth, tree=step.tree, dense=dense
+            )
+            if dense is not None:
+                width = 1 + max(len(drafts[row].tokens) for row in rows)
+                logits = from_newest(logits, self._leads, width)
+
+    def _rewind(self, state: Any, rows: list[int]) -> torch.Tensor | None:
+        """Take back what rows run again densely; how many tokens of each row read everything, if any do."""
+        every = self.program.refresh
+        if not every:
+            return None
+        dense = [0] * self.request.batch
+        for row in rows:
+            dense[row] = dense_tokens(len(self.transcript.tokens[row]), every)
+        self._leads = [max(0, tokens - 1) for tokens in dense]
+        if not any(dense):
+            return None
+        state.rewind(self._leads)
+        for row, lead in enumerate(self._leads):
+            self._committed[row] -= lead
+        return upload(dense, self.program.device)
 
     def _step_tokens(self, rows: list[int], drafts: Sequence[Draft]) -> StepTokens:
         newest = self.transcript.tokens
-        if any(draft.tokens for draft in drafts):
+        if any(draft.tokens for draft in drafts) or any(self._leads):
             roots: list[int | None] = [None] * self.request.batch
+            behind = [NO_DRAFT] * self.request.batch
             for row in rows:
-                roots[row] = newest[row][-1]
-            return pack(roots, drafts, self.program.device)
+                root, *window = newest[row][-1 - self._leads[row] :]
+                roots[row], behind[row] = root, with_window(drafts[row], window)
+            return pack(roots, behind, self.program.device)
         if self._plain is None or self._plain[0] != rows:
             counts = upload([int(row in rows) for row in range(self.request.batch)], self.program.device)
             self._plain = (rows, counts)
@@ -139,11 +168,10 @@ class DecodeLoop:
         return StepTokens(tokens, self._plain[1], None, None)
 
     def _commit(self, state: Any, step: StepTokens, rows: list[int], verdicts: Sequence[Verdict]) -> None:
-        for row, verdict in zip(rows, verdicts, strict=True):
-            self._committed[row] += 1 + len(verdict.path)
         kept = [0] * self.request.batch
         for row, verdict in zip(rows, verdicts, strict=True):
-            kept[row] = 1 + len(verdict.path)
+            kept[row] = self._leads[row] + 1 + len(verdict.path)
+            self._committed[row] += kept[row]
         if step.tokens.shape[1] == 1:
             state.commit(step.counts, kept)
             return
@@ -154,7 +182,8 @@ class DecodeLoop:
         width = max(kept)
         paths = [[0] * width for _ in kept]
         for row, verdict in zip(rows, verdicts, strict=True):
-            paths[row][1 : kept[row]] = [node + 1 for node in verdict.path]
+            lead = self._leads[row]
+            paths[row][: kept[row]] = [*range(lead + 1), *(node + lead + 1 for node in verdict.path)]
         state.commit_path(torch.tensor(paths, dtype=torch.int64), accepted, kept)
 
     def _observe(self, logits: torch.Tensor, rows: list[int], verdicts: Sequence[Verdict]) -> None:
@@ -173,10 +202,13 @@ class DecodeLoop:
         drafter, rule, transcript = self.speculation.drafter, self.speculation.rule, self.transcript
         most = min(self.program.max_step_tokens, MAX_TREE_TOKENS) - 1
         drafting, budget = [], []
-        fits = state.room()
+        fits, every = state.room(), self.program.refresh
         for row in rows:
             room = min(transcript.remaining(row), self._capacity - self._committed[row], fits[row]) - 1
             limit = min(rule.budget(row), room, most)
+            if every:
+                generated = len(transcript.tokens[row])
+                limit = min(limit, until_pass(generated, every) - 1, most - dense_tokens(generated, every))
             if limit > 0:
                 drafting.append(row)
                 budget.append(limit)

@@ -35,6 +35,10 @@ class DecodingState(Protocol):
         """Forget everything after the first ``lengths[b]`` committed tokens of each row."""
         ...
 
+    def rewind(self, tokens: Sequence[int]) -> None:
+        """Take back the last ``tokens[b]`` committed tokens of each row, to run them again."""
+        ...
+
     def room(self) -> list[int]:
         """Tokens that each row may run in one step and still compute what single steps would."""
         ...
@@ -51,13 +55,20 @@ class DecodingProgram(Protocol):
     max_step_tokens: int
     #: A step is queued on the device: the host may go on before its result is there.
     runs_ahead: bool
+    #: Generated tokens between dense passes over the last ones; 0 for none.
+    refresh: int
+    #: Tokens that the rows of a batch are promised to share; 0: whatever they do; None: nothing is shared.
+    shared_prefix: int | None
 
     def allocate(self, batch: int, capacity: int) -> Any:
         """A fresh :class:`DecodingState` with ``capacity`` slots in each of ``batch`` rows."""
         ...
 
-    def borrow(self, batch: int, capacity: int) -> Any:
-        """An empty state of at least this capacity for one generation; :meth:`give_back` ends it."""
+    def borrow(self, batch: int, capacity: int, prefix: int = 0) -> Any:
+        """An empty state of at least this capacity for one generation; :meth:`give_back` ends it.
+
+        ``prefix`` tokens are kept once for all rows; :meth:`prefill` takes them from the first row.
+        """
         ...
 
     def give_back(self, state: Any) -> None:
@@ -76,9 +87,13 @@ class DecodingProgram(Protocol):
         *,
         depth: torch.Tensor | None = None,
         tree: torch.Tensor | None = None,
+        dense: torch.Tensor | None = None,
         logits: Literal["last", "all"] = "all",
     ) -> torch.Tensor:
-        """Run ``tokens [B, T]`` over the cache without committing them; logits ``[B, T, V]``."""
+        """Run ``tokens [B, T]`` over the cache without committing them; logits ``[B, T, V]``.
+
+        The first ``dense[b]`` tokens of a row read everything, where others select what they read.
+        """
         ...
 
     def prefill(self, state: Any, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,14 @@ _ACTIVATION_CALLS = {
 # The ops that kernels are chosen for; the others are plain arithmetic that Inductor fuses.
 KERNEL_OPS = (
     "linear", "linear_group", "routed_linear", "attention", "cache_append", "cache_attention",
-    "append_attention", "rotary_append", "packed_attention",
+    "append_attention", "rotary_append", "packed_attention", "prefix_attention", "score_pages",
+    "choose_pages",
+)  # fmt: skip
+
+
+#: What ``append_attention`` shares with ``cache_attention``.
+_ATTENTION_ARGUMENTS = (
+    "q", "keys", "values", "positions", "lengths", "counts", "tree", "scale", "window", "softcap", "sinks",
 )  # fmt: skip
 
 
@@ -92,13 +99,15 @@ def fuse_appends(graph: Graph) -> None:
     for node in graph.calls("cache_attention"):
         keys, values = argument(node, "keys"), argument(node, "values")
         appends = [a for a in graph.calls("cache_append") if a.args[0] in (keys, values)]
+        if argument(node, "pages") is not None:
+            continue  # which pages to read is found out in between
         if keys is values or len(appends) != 2 or {a.args[0] for a in appends} != {keys, values}:
             continue
         if any(len(store.users) != 2 for store in (keys, values)):
             continue
         new = {a.args[0]: a.args[1] for a in appends}
-        q, *rest = node.args
-        fused = graph.emit("append_attention", q, new[keys], new[values], *rest, before=node, **node.kwargs)
+        given = [argument(node, name) for name in _ATTENTION_ARGUMENTS]
+        fused = graph.emit("append_attention", given[0], new[keys], new[values], *given[1:], before=node)
         _finish(graph, node, fused)
         for append in appends:
             graph.fx.erase_node(append)
@@ -114,7 +123,7 @@ def fuse_rotary_appends(graph: Graph, device: torch.device) -> None:
     appends: dict[Node, list[Node]] = {}
     for node in graph.calls("cache_append"):
         appends.setdefault(argument(node, "store"), []).append(node)
-    for attention in graph.calls("cache_attention"):
+    for attention in graph.calls("cache_attention", "prefix_attention", "prefill_attention"):
         stores = [_written(argument(attention, name)) for name in ("keys", "values")]
         found = [appends.get(store, []) for store in stores]
         if stores[0] is stores[1] or any(len(own) != 1 for own in found):
@@ -123,6 +132,8 @@ def fuse_rotary_appends(graph: Graph, device: torch.device) -> None:
         k, last = argument(keys, "new"), max((q, keys, values), key=order.__getitem__)
         readers = {user for store in stores for user in store.users} - {keys, values}
         if not _rotate_alike(q, k) or not _append_alike(keys, values, attention):
+            continue
+        if any(order[user] < order[last] for user in q.users):
             continue
         if any(order[reader] < order[last] for reader in readers):
             continue
@@ -149,8 +160,8 @@ def _written(read: Node) -> Node:
 
 
 def _rotate_alike(q: Node, k: Node) -> bool:
-    """Whether both are rotated by the same angles, and used once."""
-    if any(op_name(n) != "rotary" or len(n.users) != 1 for n in (q, k)):
+    """Whether both are rotated by the same angles, and keys are used once."""
+    if any(op_name(n) != "rotary" for n in (q, k)) or len(k.users) != 1:
         return False
     return all(argument(q, name) == argument(k, name) for name in ("cos", "sin", "layout"))
 

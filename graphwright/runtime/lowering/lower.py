@@ -22,10 +22,12 @@ from graphwright.runtime.lowering.kernels import (
     group_linears,
     select_kernels,
 )
+from graphwright.runtime.lowering.prefill import lower_prefill
 from graphwright.runtime.lowering.rows import row_wise_input
 from graphwright.runtime.lowering.split import Piece, split_layers
 from graphwright.runtime.lowering.stream import packed_layouts, stream_reads
 from graphwright.runtime.packed_storage import PackedLayout, packing_obstacle
+from graphwright.runtime.page_summaries import SummaryLayout, summary_layouts
 
 Progress = Callable[[str, float], None]
 
@@ -59,6 +61,8 @@ class LoweredStep:
         prepared_bytes: storage made for folded parameters.
         compiled: whether the pieces went through Inductor.
         packed: the stores that are packed.
+        summaries: of the pages that attention selects from.
+        prefill_chunk: most tokens of a row in a step of a prompt; None where the plan does not say.
     """
 
     inputs: dict[str, int]
@@ -74,6 +78,8 @@ class LoweredStep:
     prepared_bytes: int
     compiled: bool
     packed: list[PackedLayout] = field(default_factory=list)
+    summaries: list[SummaryLayout] = field(default_factory=list)
+    prefill_chunk: int | None = None
 
 
 def lower(
@@ -92,7 +98,7 @@ def lower(
     fuse_rotary_appends(graph, device)
     fuse_appends(graph)
     computed = stream_reads(graph)
-    kernels = select_kernels(graph, device)
+    kernels = lower_prefill(graph, device, options.compile) + select_kernels(graph, device)
     if computed:
         reason = "keys and values are computed from a packed store, a tile at a time: no kernel does that"
         kernels.append(KernelUse("packed_attention", REFERENCE, computed, reason))
@@ -100,6 +106,8 @@ def lower(
     runners, distinct = _runners(pieces, options, progress)
     step = _assemble(graph, pieces, runners)
     step.packed = packed_layouts(graph)
+    step.summaries = summary_layouts(graph)
+    step.prefill_chunk = graph.annotations.get("prefill_chunk")
     if device.type == "cuda":
         kernels += _packed_by_reference(step.packed)
     step.kernels, step.prepared_bytes = kernels, prepared

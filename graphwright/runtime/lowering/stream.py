@@ -27,6 +27,7 @@ _NAMESPACE = "graphwright_stream"
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _ATTENTION_TENSORS = ("q", "positions", "lengths", "counts", "tree", "sinks")
 _ATTENTION_NUMBERS = ("scale", "window", "softcap")
+_ATTENTION_LISTS = ("pages", "chosen", "page", "first")
 
 
 def packed_layouts(graph: Graph) -> list[PackedLayout]:
@@ -34,7 +35,7 @@ def packed_layouts(graph: Graph) -> list[PackedLayout]:
     parts: dict[str, list[Node]] = {}
     for node in graph.placeholders("state"):
         about = node.meta.get("store")
-        if about is not None and about["role"] != "slots":
+        if about is not None and "codec" in about:
             parts.setdefault(about["name"], []).append(node)
     return [_layout(graph, name, nodes) for name, nodes in parts.items()]
 
@@ -81,7 +82,7 @@ def _packed_attention(graph: Graph, attention: Node, keys: Node, values: Node) -
     given += [argument(attention, name) for name in ("positions", "lengths", "counts", "tree")]
     for read in (keys, values):
         given += [argument(read, "codec"), argument(read, "page")]
-    given += [argument(attention, name) for name in (*_ATTENTION_NUMBERS, "sinks")]
+    given += [argument(attention, name) for name in (*_ATTENTION_NUMBERS, "sinks", *_ATTENTION_LISTS)]
     return graph.emit("packed_attention", *given, before=attention)
 
 

@@ -53,7 +53,8 @@ class GenerationStats:
     """Counters of one ``generate`` call, or of all calls so far.
 
     ``tokens`` are the tokens returned; ``cycles`` the steps of the program after the prompt, whatever
-    the number of rows; ``row_steps`` the rows that took part in them, summed. ``speculation_off`` says
+    the number of rows; ``row_steps`` the rows that took part in them, summed; ``shared_prefix_tokens`` the
+    prompt tokens that were run and stored once for all rows, counted once a call. ``speculation_off`` says
     why the last call did not speculate although the program can, or is None.
     """
 
@@ -62,6 +63,7 @@ class GenerationStats:
     tokens: int = 0
     cycles: int = 0
     row_steps: int = 0
+    shared_prefix_tokens: int = 0
     speculation_off: str | None = None
     by_drafter: dict[str, DraftStats] = field(default_factory=dict)
 
@@ -76,6 +78,7 @@ class GenerationStats:
         self.tokens += other.tokens
         self.cycles += other.cycles
         self.row_steps += other.row_steps
+        self.shared_prefix_tokens += other.shared_prefix_tokens
         self.speculation_off = other.speculation_off
         for name, stats in other.by_drafter.items():
             self.drafter(name).add(stats)
@@ -91,6 +94,7 @@ class GenerationStats:
             "tokens": self.tokens,
             "cycles": self.cycles,
             "row_steps": self.row_steps,
+            "shared_prefix_tokens": self.shared_prefix_tokens,
             **total.as_dict(),
             "by_drafter": {name: stats.as_dict() for name, stats in self.by_drafter.items()},
             "speculation_off": self.speculation_off,
