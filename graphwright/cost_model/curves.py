@@ -137,7 +137,7 @@ def memory_curve(
         ``workspace_bytes``; and ``limit_bytes``.
     """
     stores = default_stores(graph) if stores is None else stores
-    chunk = step_tokens or min(workload.prompt, _CHUNK[target.kind])
+    chunk = step_tokens or min(workload.prompt, graph.annotations.get("prefill_chunk", _CHUNK[target.kind]))
     weights, step = weights_bytes(graph), step_workspace(graph, stores, chunk)
     capacity = workload.capacity
     last = max(max_positions or 4 * capacity, capacity)

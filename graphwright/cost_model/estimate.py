@@ -8,6 +8,7 @@ from typing import Any
 from graphwright.cost_model.graph_cost import GraphCost, graph_cost
 from graphwright.cost_model.memory import Memory, plan_memory
 from graphwright.cost_model.prediction import Prediction, predict, predict_prefill
+from graphwright.cost_model.prefix_costs import shared_tokens
 from graphwright.cost_model.stores import StoreSpec
 from graphwright.cost_model.target import Target
 from graphwright.cost_model.workload import Budget, Workload
@@ -37,14 +38,16 @@ def estimate(
         stores: what the cache keeps; the keys and values of each attention by default.
         budget: its ``memory`` tightens the limit on memory.
         cost: the graph's cost, if it is known already.
-        prefill_chunk: tokens per sequence of a prefill step; by default 512 on CPUs and 2,048 on GPUs.
+        prefill_chunk: tokens per sequence of a prefill step; by default what the plan says (the annotation of
+            that name), else 512 on CPUs and 2,048 on GPUs.
         max_positions: the model's positions, which bound the largest context.
 
     Returns:
         ``decode``, ``prefill`` and ``memory``, each a dictionary with the unit in the key.
     """
     cost = cost or graph_cost(graph)
-    chunk = min(workload.prompt, prefill_chunk or _CHUNK[target.kind])
+    planned = graph.annotations.get("prefill_chunk", _CHUNK[target.kind])
+    chunk = min(workload.prompt, prefill_chunk or planned)
     limit = target.memory_bytes
     if budget is not None and budget.memory_bytes is not None:
         limit = min(limit, budget.memory_bytes)
@@ -53,12 +56,23 @@ def estimate(
         stores=stores, max_positions=max_positions,
     )  # fmt: skip
     decode = predict(cost, target, batch=workload.batch, context=workload.mean_context, phase="decode")
-    prefill = predict_prefill(cost, target, batch=workload.batch, prompt=workload.prompt, chunk=chunk)
+    prefill = _prefill(graph, cost, target, workload, chunk)
     return {
         "decode": describe_decode(decode, workload.batch),
         "prefill": describe_prefill(prefill, workload),
         "memory": describe_memory(memory),
     }
+
+
+def _prefill(graph: Graph, cost: GraphCost, target: Target, workload: Workload, chunk: int) -> Prediction:
+    """The prompts; what all of them share runs once, for one sequence."""
+    batch, prompt, shared = workload.batch, workload.prompt, shared_tokens(graph)
+    if batch == 1 or not 0 < shared < prompt:
+        return predict_prefill(cost, target, batch=batch, prompt=prompt, chunk=chunk)
+    first = predict_prefill(cost, target, batch=1, prompt=shared, chunk=chunk)
+    return first + predict_prefill(
+        cost, target, batch=batch, prompt=prompt - shared, chunk=chunk, context=shared
+    )
 
 
 def describe_decode(step: Prediction, batch: int) -> dict[str, Any]:

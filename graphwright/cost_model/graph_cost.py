@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,9 @@ import sympy
 import torch
 from torch.fx.node import Node
 
+from graphwright.cost_model import prefill_costs as _prefill_costs  # noqa: F401  registers its rule
+from graphwright.cost_model import prefix_costs as _prefix_costs  # noqa: F401  registers its rule
+from graphwright.cost_model import sparse_costs as _sparse_costs  # noqa: F401  registers its rules
 from graphwright.cost_model.cost import ACTIVATIONS, C, Cost, Expr, T
 from graphwright.cost_model.op_costs import EAGER_KERNELS, FUSIBLE, RULES, elementwise
 from graphwright.cost_model.packed_costs import by_tile
@@ -80,7 +83,7 @@ class GraphCost:
         return "\n".join(lines)
 
 
-def graph_cost(graph: Graph, *, fused: bool | None = None) -> GraphCost:
+def graph_cost(graph: Graph, *, fused: bool | None = None, only: Collection[Node] | None = None) -> GraphCost:
     """Price every node of a graph, captured, canonical or rewritten.
 
     Sizes must be known from ``meta["val"]``. Ops that a compiler fuses (elementwise ops, norms, rotary)
@@ -91,6 +94,7 @@ def graph_cost(graph: Graph, *, fused: bool | None = None) -> GraphCost:
     Args:
         graph: what to price.
         fused: whether it is compiled; by default unless it says otherwise (``annotations["compile"]``).
+        only: the nodes that are asked for; all of them by default.
     """
     shapes = Shapes(graph)
     head = find_head(graph)
@@ -102,7 +106,10 @@ def graph_cost(graph: Graph, *, fused: bool | None = None) -> GraphCost:
     for node in graph.nodes:
         if is_free(node):
             continue
-        cost = _node_cost(node, shapes, memo) + regions.traffic(node, shapes)
+        traffic = regions.traffic(node, shapes)
+        if only is not None and node not in only:
+            continue
+        cost = _node_cost(node, shapes, memo) + traffic
         if (runs := shapes.streaming.runs.get(node)) and op_name(node) != "cache_read":
             eager = EAGER_KERNELS.get(op_name(node) or "", 1) if _is_fusible(node) else cost.launches
             cost = by_tile(cost, runs, eager)
@@ -171,7 +178,8 @@ def find_head(graph: Graph) -> Node | None:
 def _node_cost(node: Node, shapes: Shapes, memo: dict[Any, Cost]) -> Cost:
     """One node's rule, run once for all nodes of equal op, shapes, dtypes, options and state."""
     streaming = shapes.streaming
-    key = (_signature(node), node in streaming.in_kernel, node in streaming.attentions)
+    runs = (node in streaming.in_kernel, node in streaming.attentions, streaming.listings.get(node))
+    key = (_signature(node), *runs)
     if key not in memo:
         memo[key] = RULES.get(op_name(node) or "", elementwise)(Call(node, shapes))
         if not _is_fusible(node) and op_name(node) not in RULES:
@@ -187,7 +195,7 @@ def _signature(node: Node) -> Any:
             about = (
                 held.get("kind"),
                 held.get("window"),
-                *(packing.get(k) for k in ("recent", "codec", "page")),
+                *(packing.get(k) for k in ("recent", "codec", "page", "tokens", "keep", "slack")),
             )
             return (*about, tuple((str(t.shape), t.dtype) for t in tensors(value)))
         if isinstance(value, (list, tuple)):

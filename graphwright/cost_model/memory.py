@@ -61,13 +61,15 @@ def weights_bytes(graph: Graph) -> int:
 def step_workspace(
     graph: Graph, stores: Sequence[StoreSpec], tokens: int, shares: Mapping[Node, float] | None = None
 ) -> Workspace:
-    """:func:`workspace` of a step, with what packed stores take for its tokens beyond a decode step's.
+    """:func:`workspace` of a step, with what stores take for its tokens beyond a decode step's.
 
     Args:
         graph, tokens, shares: as in ``workspace``.
         stores: what the cache keeps.
     """
-    return workspace(graph, tokens, shares).plus(sum(store.step_bytes(tokens) for store in stores))
+    step = workspace(graph, tokens, shares).plus(sum(store.step_bytes(tokens) for store in stores))
+    fixed, each = (sum(parts) for parts in zip((0.0, 0.0), *(s.prompt_line() for s in stores), strict=True))
+    return step.or_plus(fixed, each) if each else step
 
 
 def plan_memory(

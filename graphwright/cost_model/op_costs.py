@@ -16,6 +16,8 @@ import sympy
 import torch
 
 from graphwright.cost_model.cost import ACTIVATIONS, CACHE, WEIGHTS, B, C, Cost, Expr, T
+from graphwright.cost_model.held_tokens import visible_window
+from graphwright.cost_model.listed_pages import Listing
 from graphwright.cost_model.shapes import Call, dtype_name, kind_of, larger
 
 Rule = Callable[[Call], Cost]
@@ -133,15 +135,17 @@ def _matrix_product(call: Call) -> Cost:
 # --- attention and its cache ---------------------------------------------------------------------
 
 
-def seen_tokens(window: int) -> Expr:
+def seen_tokens(window: int, listing: Listing | None = None) -> Expr:
     """Query-key pairs of one head and sequence: token t of the step sees C + t + 1, at most the window."""
     pairs = C + (T + 1) / 2
-    return T * (sympy.Min(pairs, window) if window else pairs)
+    seen = T * (sympy.Min(pairs, window) if window else pairs)
+    return seen - listing.unseen_tokens if listing else seen
 
 
-def read_tokens(window: int) -> Expr:
+def read_tokens(window: int, listing: Listing | None = None) -> Expr:
     """Cache slots that a step reads, for one sequence: its own T and what lies before them."""
-    return T + (sympy.Min(C, window - 1) if window else C)
+    read = T + (sympy.Min(C, window - 1) if window else C)
+    return read - listing.unread_tokens if listing else read
 
 
 def attend(call: Call, keys: str, values: str, *, is_cache: bool = False) -> Cost:
@@ -150,18 +154,20 @@ def attend(call: Call, keys: str, values: str, *, is_cache: bool = False) -> Cos
     They are read as cache where they are state (or will be: ``is_cache``), and as activations where a
     cheaper store was expanded into them.
     """
-    window = call.arg("window")
+    window = visible_window(call.node, call.arg("window"))
     read: dict[str, Expr] = {}
     for name in (keys, values):
         kind = CACHE if is_cache else kind_of(call.arg(name))
-        read = add_parts(read, {kind: B * read_tokens(window) * slot_bytes(call, call.val(name))})
+        slots = B * read_tokens(window, call.listing)
+        read = add_parts(read, {kind: slots * slot_bytes(call, call.val(name))})
     return attention_arithmetic(call, call.shape(values)[3]) + Cost(read=read)
 
 
 def attention_arithmetic(call: Call, width: Expr) -> Cost:
     """Attention whose values have so many features, without reading keys and values."""
     _, heads, _, depth = call.shape("q")
-    flops = 2 * B * heads * (depth + width) * seen_tokens(call.arg("window"))
+    window = visible_window(call.node, call.arg("window"))
+    flops = 2 * B * heads * (depth + width) * seen_tokens(window, call.listing)
     return Cost({call.dtype("q"): flops}, call.reads("q", "sinks"), call.writes(), 1)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
@@ -20,6 +19,8 @@ from torch.fx.node import Node
 
 from graphwright.cost_model.codec_work import Work, codec_work
 from graphwright.cost_model.cost import ACTIVATIONS, CACHE, B, Cost, Expr, T
+from graphwright.cost_model.eviction_costs import evicting
+from graphwright.cost_model.listed_pages import Listing
 from graphwright.cost_model.op_costs import (
     append,
     attend,
@@ -29,6 +30,7 @@ from graphwright.cost_model.op_costs import (
     slot_bytes,
 )
 from graphwright.cost_model.shapes import Call
+from graphwright.cost_model.streaming import deciding
 from graphwright.ir.codecs import PageShape, parse_codec
 from graphwright.ir.graph import argument
 from graphwright.ir.packed_ops import TILE, page_shape
@@ -49,6 +51,7 @@ class _Store:
         tail, first: fake tensors.
         window: tokens that attention sees; 0 means all.
         recent: tokens that stay in the tail beside the page that is being filled.
+        listing: the lists of pages that it is read by; None where everything is read.
     """
 
     tail: torch.Tensor
@@ -57,13 +60,15 @@ class _Store:
     page: int
     window: int
     recent: int
+    listing: Listing | None = None
 
     @classmethod
-    def of(cls, store: Sequence[Node], codec: str, page: int) -> _Store:
+    def of(cls, store: Sequence[Node], codec: str, page: int, listing: Listing | None = None) -> _Store:
         """From an op's arguments; the placeholders say what tensors do not."""
         _, tail, first = store[:3]
         recent = tail.meta.get("store", {}).get("recent", 0)
-        return cls(tail.meta["val"], first.meta["val"], codec, page, tail.meta.get("window", 0), recent)
+        window = tail.meta.get("window", 0)
+        return cls(tail.meta["val"], first.meta["val"], codec, page, window, recent, listing)
 
     @property
     def shape(self) -> PageShape:
@@ -77,7 +82,7 @@ class _Store:
     @property
     def seen(self) -> Expr:
         """Tokens of one sequence that a step reads."""
-        return read_tokens(self.window)
+        return read_tokens(self.window, self.listing)
 
     @property
     def page_bytes(self) -> Expr:
@@ -87,10 +92,11 @@ class _Store:
     def bytes_read(self) -> Expr:
         """Of one sequence: pages, and what is in none of them.
 
-        The tail holds half a page on average, besides the recent tokens and the step's own.
+        The tail holds half a page on average, besides the recent tokens and the step's own. What lists
+        leave out is packed.
         """
         first = 0 if self.window else int(self.first.shape[2])
-        unpacked = sympy.Min(self.seen, T + first + self.recent + sympy.Rational(self.page, 2))
+        unpacked = sympy.Min(read_tokens(self.window), T + first + self.recent + sympy.Rational(self.page, 2))
         full = self.token_values * self.tail.dtype.itemsize
         return unpacked * full + (self.seen - unpacked) * self.page_bytes
 
@@ -132,7 +138,8 @@ def by_tile(cost: Cost, runs: int, launches: Expr) -> Cost:
 @cost_of("cache_read")
 def _cache_read(call: Call) -> Cost:
     """Nothing decoded is written to memory: it stays in the kernel, or is handed on a tile at a time."""
-    return _Store.of(call.arg("store"), call.arg("codec"), call.arg("page")).reading(call.in_kernel)
+    store = _Store.of(call.arg("store"), call.arg("codec"), call.arg("page"), call.listing)
+    return store.reading(call.in_kernel)
 
 
 @cost_of("cache_attention")
@@ -153,26 +160,17 @@ def _cache_attention(call: Call) -> Cost:
 @cost_of("packed_attention")
 def _packed_attention(call: Call) -> Cost:
     """``cache_read`` of both stores and attention, as lowering makes it of the three."""
+    kernels = call.shapes.streaming.kernels
+    in_kernel = kernels is not None and kernels.supports(**deciding(call.node)) is None
     stores = [
-        _Store.of(call.arg(f"{name}s"), call.arg(f"{name}_codec"), call.arg(f"{name}_page"))
+        _Store.of(call.arg(f"{name}s"), call.arg(f"{name}_codec"), call.arg(f"{name}_page"), call.listing)
         for name in ("key", "value")
     ]
-    kernels = call.shapes.streaming.kernels
-    in_kernel = kernels is not None and kernels.supports(**_deciding(call)) is None
     reading = Cost.sum(store.reading(in_kernel) for store in stores)
     cost = reading + attention_arithmetic(call, sympy.Integer(stores[1].shape.features))
     if in_kernel:
         return cost + _around_kernel(call, stores)
     return cost + Cost(launches=tiles(call.arg("window")) * ATTEND_KERNELS - 1)
-
-
-def _deciding(call: Call) -> dict[str, Any]:
-    """What decides whether a kernel runs a ``packed_attention``."""
-    given: dict[str, Any] = {"q": call.val("q")}
-    for name in ("key", "value"):
-        given[f"{name}s"] = [node.meta["val"] for node in call.arg(f"{name}s")]
-        given |= {f"{name}_{word}": call.arg(f"{name}_{word}") for word in ("codec", "page")}
-    return given
 
 
 def _around_kernel(call: Call, stores: Sequence[_Store]) -> Cost:
@@ -196,8 +194,8 @@ def _cache_append(call: Call) -> Cost:
     full = slot_bytes(call, call.val("store"))
     cost = append(call, ("new",), full)
     about = call.arg("store").meta.get("store")
-    if about is None:
-        return cost
+    if about is None or "codec" not in about:
+        return cost + evicting(call)
     shape = page_shape(call.val("store"), about["page"])
     encoding = codec_work(about["codec"], shape)[0]
     kernels = call.shapes.streaming.kernels

@@ -13,7 +13,8 @@ from graphwright.cost_model.target import Target, seconds_per_byte
 _FIGURE = {
     "linear_group": "linear", "gated_mlp": "linear", "mlp": "linear", "lm_head": "linear",
     "routed_linear": "linear", "cache_attention": "attention", "append_attention": "attention",
-    "packed_attention": "attention",
+    "packed_attention": "attention", "prefix_attention": "attention",
+    "prefill_attention": "attention",
 }  # fmt: skip
 # Prefill steps that are priced one by one; more are priced at this many evenly spaced contexts.
 _SAMPLES = 64

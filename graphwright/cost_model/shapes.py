@@ -10,6 +10,7 @@ from torch.fx.node import Node
 from torch.utils._sympy.functions import FloorDiv
 
 from graphwright.cost_model.cost import ACTIVATIONS, CACHE, WEIGHTS, B, C, Expr, T
+from graphwright.cost_model.listed_pages import Listing
 from graphwright.cost_model.streaming import find_streaming
 from graphwright.ir.graph import Graph, argument, op_name
 
@@ -27,15 +28,18 @@ _PROBE = {B: 7, C: 1000, T: 3}
 class Shapes:
     """Reads fake tensors; what dynamo calls ``s44`` and ``s70`` become B and T.
 
-    The batch and the tokens are the dimensions of ``input_ids``. A cache's batch is B too; any other
-    free size is a cache's number of slots and is priced as the context C.
+    The batch and the tokens are the dimensions of ``input_ids``. A cache's batch is B too, a summary has
+    an entry for so many tokens of the context; any other free size is a cache's number of slots and is
+    priced as the context C.
 
     Attributes:
         streaming: what of the graph is read from packed stores.
+        compiled: whether it will be compiled.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.streaming = find_streaming(graph)
+        self.compiled = bool(graph.annotations.get("compile", True))
         self._symbols: dict[Any, Any] = {}
         self._memo: dict[tuple[Any, ...], tuple[Expr, ...]] = {}
         inputs = graph.placeholders("input")
@@ -43,7 +47,9 @@ class Shapes:
         if ids is not None:
             self._bind(ids, (B, T))
         for state in graph.placeholders("state"):
-            self._bind(state, (B,))
+            about = state.meta.get("store", {})
+            pages = (C / (about["page"] * about["span"]),) if about.get("role") == "summary" else ()
+            self._bind(state, (B, *pages))
 
     def _bind(self, node: Node, symbols: tuple[Any, ...]) -> None:
         val = node.meta["val"]
@@ -161,6 +167,11 @@ class Call:
     def in_kernel(self) -> bool:
         """Whether it is part of one kernel that reads packed stores and attends over them."""
         return self.node in self.shapes.streaming.in_kernel
+
+    @property
+    def listing(self) -> Listing | None:
+        """The lists of pages that it reads a cache by; None if it reads everything."""
+        return self.shapes.streaming.listings.get(self.node)
 
     @property
     def outputs(self) -> list[torch.Tensor]:

@@ -29,6 +29,8 @@ _ATTENTION = {
     "attention": ("q", "k", "v"),
     "append_attention": ("q", "k", "v"),
     "cache_attention": ("q", "keys", "values"),
+    "prefix_attention": ("q", "keys", "values"),
+    "prefill_attention": ("q", "keys", "values"),
 }
 _LINEAR = ("linear", "linear_group")
 _FEED_FORWARD = {"gated_mlp": ("gate", "up"), "mlp": ("up",)}
@@ -228,7 +230,7 @@ def _state_heads(state: Node) -> int:
     Pages ``[B, N, G, ...]`` divide if each has the heads of the tail apart; page counts are copied.
     """
     role = state.meta.get("store", {}).get("role", "tail")
-    dim = {"tail": 1, "first": 1, "buffer": 2}.get(role)
+    dim = {"tail": 1, "first": 1, "prefix": 1, "kept": 1, "ring": 1, "buffer": 2, "summary": 2}.get(role)
     size = state.meta["val"].shape[dim] if dim is not None and state.meta["val"].dim() > dim else 1
     return size if isinstance(size, int) else 1
 

@@ -11,16 +11,18 @@ of them, and whoever knows the family describes it here (:func:`register_store_k
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx.node import Node
 
+from graphwright.cost_model.listed_pages import Listing, listing_of
 from graphwright.ir.codecs import PageShape
 from graphwright.ir.codecs.fusible import fusion_obstacle
 from graphwright.ir.errors import InputError
 from graphwright.ir.graph import Graph, argument, op_name
+from graphwright.ir.selectors import parse_selector
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class StoreKernels:
         attention_launches: of an attention over a cache, packed or not.
         turning_launches: for orthogonal maps of packed keys, by which queries are turned.
         joins_rotary: whether the launch that rotates queries and keys also appends keys and values.
+        reads_lists: whether attention reads lists of pages page by page, and not everything.
+        scores: whether pages are scored by a selector, given as text, in one launch.
+        chooses: whether lists of pages are made in one launch.
+        masked: by dtype, how many times longer attention under a mask of blocks takes for a pair of tokens
+            than attention over everything: by compiled FlexAttention, and block by block without a compiler.
     """
 
     supports: Callable[..., str | None]
@@ -41,14 +48,28 @@ class StoreKernels:
     attention_launches: int = 1
     turning_launches: int = 0
     joins_rotary: bool = False
+    reads_lists: bool = True
+    scores: Callable[[str], bool] = lambda selector: False
+    chooses: bool = False
+    masked: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def masked_factor(self, dtype: str, compiled: bool) -> float:
+        """The entry of ``masked``; 1 where nothing was measured."""
+        return self.masked.get(dtype, (1.0, 1.0))[0 if compiled else 1]
 
 
 def _cpp_supports(key_codec: str, value_codec: str, **_: Any) -> str | None:
     return fusion_obstacle(key_codec) or fusion_obstacle(value_codec)
 
 
+def _cpp_scores(selector: str) -> bool:
+    return parse_selector(selector).name in ("bounds", "mean")
+
+
+#: Measured with ``benchmarks/prefill_masks.py``: 512 queries over 8,192 tokens, two cores with AVX-512.
+_CPP_MASKED = {"float32": (1.65, 2.85), "bfloat16": (2.55, 3.4)}
 #: By name; ``cpp`` is what graphs run with that do not say otherwise.
-_FAMILIES = {"cpp": StoreKernels(_cpp_supports)}
+_FAMILIES = {"cpp": StoreKernels(_cpp_supports, scores=_cpp_scores, chooses=True, masked=_CPP_MASKED)}
 
 
 def register_store_kernels(name: str, kernels: StoreKernels) -> None:
@@ -85,6 +106,7 @@ class Streaming:
         obstacles: of attentions over two packed stores that are no kernel, why not.
         joined: appends to packed stores that are part of a launch that counts already.
         kernels: the family that the graph will run with.
+        listings: of attentions, and of reads in their kernel, that read lists of pages and no more.
     """
 
     runs: Mapping[Node, int] = field(default_factory=dict)
@@ -93,13 +115,14 @@ class Streaming:
     obstacles: Mapping[Node, str] = field(default_factory=dict)
     joined: frozenset[Node] = frozenset()
     kernels: StoreKernels | None = None
+    listings: Mapping[Node, Listing] = field(default_factory=dict)
 
 
 def find_streaming(graph: Graph) -> Streaming:
     """The nodes of a graph, not lowered yet, that will run tile by tile."""
     kernels = store_kernels(graph)
     if not graph.calls("cache_read"):
-        return Streaming(kernels=kernels)
+        return Streaming(kernels=kernels, listings=_listings(graph, kernels, frozenset(), frozenset()))
     runs: Counter[Node] = Counter()
     in_kernel: set[Node] = set()
     joined: set[Node] = set()
@@ -123,8 +146,30 @@ def find_streaming(graph: Graph) -> Streaming:
         else:
             obstacles[attention] = reason
     return Streaming(
-        dict(runs), frozenset(in_kernel), frozenset(attentions), obstacles, frozenset(joined), kernels
-    )
+        dict(runs), frozenset(in_kernel), frozenset(attentions), obstacles, frozenset(joined), kernels,
+        _listings(graph, kernels, in_kernel, attentions),
+    )  # fmt: skip
+
+
+def _listings(
+    graph: Graph, kernels: StoreKernels | None, in_kernel: Collection[Node], streamed: Collection[Node]
+) -> dict[Node, Listing]:
+    """Who reads by lists: a kernel does; the reference reads everything and leaves out what is not listed."""
+    found: dict[Node, Listing] = {}
+    if kernels is None or not kernels.reads_lists:
+        return found
+    for attention in graph.calls("cache_attention", "packed_attention", "prefill_attention"):
+        listing = listing_of(attention)
+        if listing is None or (attention in streamed and attention not in in_kernel):
+            continue
+        if op_name(attention) == "packed_attention" and kernels.supports(**deciding(attention)) is not None:
+            continue
+        found[attention] = listing
+        if attention in in_kernel:
+            reads = {argument(attention, "keys"), argument(attention, "values")}
+            # A read that several attentions share is of one price: that of reading it whole.
+            found.update((read, listing) for read in reads if set(read.users) == {attention})
+    return found
 
 
 def _as_packed(attention: Node, reads: list[Node]) -> dict[str, Any]:
@@ -133,7 +178,25 @@ def _as_packed(attention: Node, reads: list[Node]) -> dict[str, Any]:
     for name, read in zip(("key", "value"), reads, strict=True):
         given[f"{name}s"] = [node.meta["val"] for node in argument(read, "store")]
         given[f"{name}_codec"], given[f"{name}_page"] = argument(read, "codec"), argument(read, "page")
-    return given
+    return given | _lists(attention)
+
+
+def deciding(attention: Node) -> dict[str, Any]:
+    """What decides of a ``packed_attention``'s arguments whether a kernel runs it."""
+    given: dict[str, Any] = {"q": argument(attention, "q").meta["val"]}
+    for name in ("key", "value"):
+        given[f"{name}s"] = [node.meta["val"] for node in argument(attention, f"{name}s")]
+        given |= {f"{name}_{word}": argument(attention, f"{name}_{word}") for word in ("codec", "page")}
+    return given | _lists(attention)
+
+
+def _lists(attention: Node) -> dict[str, Any]:
+    """The lists of pages among the arguments, if it has any."""
+    lists = {name: argument(attention, name) for name in ("pages", "chosen")}
+    if None in lists.values():
+        return {}
+    found: dict[str, Any] = {name: node.meta["val"] for name, node in lists.items()}
+    return found | {name: argument(attention, name) for name in ("page", "first")}
 
 
 def _joined_appends(attention: Node, reads: list[Node], kernels: StoreKernels | None) -> list[Node]:

@@ -40,6 +40,10 @@ class Workspace:
             Workspace(frozenset((fixed + nbytes, each) for fixed, each in self.moments)) if nbytes else self
         )
 
+    def or_plus(self, fixed: float, each: float) -> Workspace:
+        """With so many bytes more of each sequence, and of each of its slots, at some times."""
+        return Workspace(self.moments | {(a + fixed, b + each) for a, b in self.moments})
+
 
 def workspace(graph: Graph, tokens: int, shares: Mapping[Node, float] | None = None) -> Workspace:
     """The workspace of a step that runs node by node.

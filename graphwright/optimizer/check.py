@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from graphwright.cost_model.workload import Workload
 from graphwright.ir.errors import VerificationError
 from graphwright.runtime.program import Program
+from graphwright.runtime.shared_prefix import prefix_for
 
 # How far exact passes may move logits, in units of the largest logit: rounding of the dtype, through
 # all layers, with room. A wrong graph is off by orders of magnitude more.
@@ -89,7 +90,9 @@ def measure_decode(program: Program, workload: Workload, tokens: int = 1) -> dic
     """
     context = _context(program, workload, tokens)
     capacity = min(workload.capacity, program.max_positions or workload.capacity)
-    state = program.allocate(workload.batch, max(capacity, context + tokens))
+    capacity = max(capacity, context + tokens)
+    shared = prefix_for(program.shared_prefix, workload.batch, context + 1)
+    state = program.allocate(workload.batch, capacity, shared)
     state.pretend(context)
     ids = torch.zeros((workload.batch, tokens), dtype=torch.int64, device=program.device)
     counts = torch.full((workload.batch,), tokens, dtype=torch.int64, device=program.device)

@@ -192,7 +192,8 @@ def _uses(uses: Mapping[tuple[str, str], int]) -> str:
 
 def step_sizes(graph: Graph) -> list[StepSize]:
     """The steps that a program of this graph takes: one token, the draft's, and a chunk of the prompt."""
-    sizes = [StepSize("decode", 1), StepSize("prefill", PREFILL_CHUNK)]
+    chunk = graph.annotations.get("prefill_chunk", PREFILL_CHUNK)
+    sizes = [StepSize("decode", 1), StepSize("prefill", chunk)]
     chosen = graph.annotations.get("speculation")
     if chosen is not None:
         sizes.insert(1, StepSize("verify", int(chosen["tokens"]) + 1))

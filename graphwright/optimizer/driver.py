@@ -34,6 +34,7 @@ from graphwright.optimizer.planner import Request, plan_best, plan_given
 from graphwright.optimizer.progress import Progress
 from graphwright.optimizer.quality import calibration_text
 from graphwright.optimizer.quality.samples import StoreSamples
+from graphwright.optimizer.quality.sentences import sentence_ends
 from graphwright.optimizer.report import Decision, Report, Status
 from graphwright.optimizer.settle import Settled, keep, settle, undo_compilation
 from graphwright.optimizer.tuning import tune_program
@@ -150,7 +151,7 @@ def store_samples(model: PreTrainedModel, prompts: list[list[int]], seed: int) -
     def rows() -> list[list[int]]:
         return calibration_text(model, prompts or None, seed=seed + 1, rows=8, tokens=512).rows
 
-    return StoreSamples(lambda graph: op_by_op(model, graph), rows)
+    return StoreSamples(lambda graph: op_by_op(model, graph), rows, lambda: sentence_ends(model))
 
 
 def make_request(
@@ -190,7 +191,7 @@ class Job:
         built = build(self.model, plan_given(self.graph.copy(), passes, self.request))
         if not built.is_lossy:
             return built, []
-        losses = Losses(self.model, self.graph, self.prompts, self.seed)
+        losses = Losses(self.model, self.graph, self.prompts, self.seed, self.request.workload)
         losses.measure_whole(built, self.request)
         return built, losses.notes()
 
@@ -198,7 +199,7 @@ class Job:
         """The fastest plan within the budget, lowered; a lossy one is measured as a whole before it stays."""
         if not self.request.budget.allows_loss:
             return build(self.model, plan_best(self.graph, self.request)), []
-        losses = Losses(self.model, self.graph, self.prompts, self.seed)
+        losses = Losses(self.model, self.graph, self.prompts, self.seed, self.request.workload)
         return losses.plan_and_build(self.request)
 
     def check(self, built: Built) -> dict[str, Any]:

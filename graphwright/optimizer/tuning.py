@@ -10,6 +10,7 @@ import torch
 from graphwright.cost_model.workload import Workload
 from graphwright.kernels import triton
 from graphwright.runtime.program import Program
+from graphwright.runtime.shared_prefix import prefix_for
 
 #: Seconds of a call.
 Timer = Callable[[Callable[[], object]], float]
@@ -32,8 +33,10 @@ def tune_program(program: Program, workload: Workload, timer: Timer | None = Non
 
     limit = program.max_positions
     capacity = workload.capacity if limit is None else min(workload.capacity, limit)
-    state = program.allocate(workload.batch, capacity)
-    state.pretend(min(int(workload.mean_context), capacity - 1))
+    context = min(int(workload.mean_context), capacity - 1)
+    shared = prefix_for(program.shared_prefix, workload.batch, context + 1)
+    state = program.allocate(workload.batch, capacity, shared)
+    state.pretend(context)
     tokens = torch.zeros((workload.batch, 1), dtype=torch.int64, device=program.device)
     counts = torch.ones(workload.batch, dtype=torch.int64, device=program.device)
     return tune_attention(lambda: program.step_eagerly(state, tokens, counts), timer=timer)

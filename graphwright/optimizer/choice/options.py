@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from graphwright.ir.errors import InputError
 
@@ -16,10 +16,11 @@ class SiteOption:
     Attributes:
         name: what the option is, such as ``place_cache{cut=kv}``.
         seconds: of one step at this site, by the name of the program option.
-        memory_bytes: what it keeps in memory.
+        memory_bytes: what it keeps in memory, at most.
         kl: nats per token that it adds to the divergence from the exact program; 0 is exact.
         log_perplexity: natural logarithm of the ratio that it multiplies the perplexity by. May be below
             zero, since it was measured on a finite text.
+        memory_under: what it keeps by the name of the program option, where that makes a difference.
     """
 
     name: str
@@ -27,6 +28,11 @@ class SiteOption:
     memory_bytes: float
     kl: float = 0.0
     log_perplexity: float = 0.0
+    memory_under: Mapping[str, float] = field(default_factory=dict)
+
+    def kept(self, program: str) -> float:
+        """Bytes in memory under a program option."""
+        return self.memory_under.get(program, self.memory_bytes)
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ def check_options(sites: Mapping[str, Sequence[SiteOption]], programs: Sequence[
                         hint="seconds needs one entry for every program option",
                     )
                 _check_number(f"seconds under {program.name}", option.seconds[program.name], where)
+                _check_number(f"memory under {program.name}", option.kept(program.name), where)
 
 
 def _check_names(names: Iterable[str], where: str) -> None:

@@ -107,7 +107,7 @@ def build(sites: Mapping[str, Sequence[SiteOption]], programs: Sequence[ProgramO
     members: dict[tuple[object, ...], list[str]] = {}
     for site, options in sites.items():
         key = tuple(
-            (o.name, o.memory_bytes, o.kl, o.log_perplexity, *(o.seconds[p.name] for p in programs))
+            (o.name, o.kl, o.log_perplexity, *((o.seconds[p.name], o.kept(p.name)) for p in programs))
             for o in options
         )
         members.setdefault(key, []).append(site)
@@ -126,7 +126,7 @@ def build(sites: Mapping[str, Sequence[SiteOption]], programs: Sequence[ProgramO
         cell=index[:, 0] * len(programs) + index[:, 2],
         values={
             "seconds": np.array([o.seconds[p.name] / p.tokens_per_step for o, p in chosen], dtype=np.float64),
-            "memory": np.array([o.memory_bytes for o, _ in chosen], dtype=np.float64),
+            "memory": np.array([o.kept(p.name) for o, p in chosen], dtype=np.float64),
             "kl": np.array([o.kl for o, _ in chosen], dtype=np.float64),
             "log_perplexity": np.array([o.log_perplexity for o, _ in chosen], dtype=np.float64),
         },

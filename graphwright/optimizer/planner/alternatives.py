@@ -83,10 +83,18 @@ def name_of(passes: Sequence[Pass]) -> str:
     return " + ".join(map(str, passes)) or "plain"
 
 
+def place_in_chain(chosen: Pass) -> int:
+    """Sorts passes as chains have them: what gives a program its cache, then the others by their names."""
+    names = list(registered_passes())
+    return -1 if "cache" in chosen.provides else names.index(chosen.name)
+
+
 def find_alternatives(graph: Graph, request: Request) -> Iterator[Alternative]:
     """Chains that begin by giving the program a cache; each further pass once, where what it needs is there.
 
-    A chain whose last pass applies nowhere ends there, and is given all the same, for its reasons.
+    A chain whose last pass applies nowhere ends there, and is given all the same, for its reasons. A chain
+    has two lossy passes at most, and the second one comes in one form only (:func:`_forms`): otherwise the
+    number of chains would multiply with every such pass.
 
     Args:
         graph: the canonical graph; copied for each chain.
@@ -110,10 +118,11 @@ def find_alternatives(graph: Graph, request: Request) -> Iterator[Alternative]:
                 type(p) in rest and rest.index(type(p)) >= rest.index(cls) for p in base.passes
             ):
                 continue
-            for chosen in cls.variants():
+            for chosen in _forms(cls, base):
                 if chosen.fidelity == "lossy":
-                    alike = kinds.setdefault(base.name, AlikeLayers(base.graph))
-                    yield from extend(_sampled(base, alike, chosen, request))
+                    if not base.lossy:
+                        kinds.setdefault(base.name, AlikeLayers(base.graph))
+                    yield from extend(_sampled(base, kinds.get(base.exact_name), chosen, request))
                 else:
                     yield from extend(_applied(base.graph, base, chosen, request))
 
@@ -129,6 +138,14 @@ def find_alternatives(graph: Graph, request: Request) -> Iterator[Alternative]:
             yield found
 
 
+def _forms(cls: type[Pass], base: Alternative) -> Sequence[Pass]:
+    """The forms of a pass that are tried on top of a chain: the middle one for a second lossy pass."""
+    forms = cls.variants()
+    if cls.fidelity != "lossy" or not base.lossy:
+        return forms
+    return forms[(len(forms) - 1) // 2 :][:1] if len(base.lossy) == 1 else ()
+
+
 def _same_as_before(found: Alternative) -> Alternative:
     """A placement that gives the program of an earlier one: of no use, with the reason."""
     reason = "stores in every layer what another placement does"
@@ -138,7 +155,7 @@ def _same_as_before(found: Alternative) -> Alternative:
 
 def _applied(graph: Graph, base: Alternative | None, chosen: Pass, request: Request) -> Alternative:
     trial = graph.copy()
-    records = chosen(trial, request.workload, request.target, force=True)
+    records = chosen(trial, request.workload, request.target, force=True, rollback=False)
     applied = frozenset(layer_number(r.site) for r in records if r.status == "applied")
     if base is None:
         return Alternative((chosen,), trial, applied, tuple(records))
@@ -146,14 +163,25 @@ def _applied(graph: Graph, base: Alternative | None, chosen: Pass, request: Requ
     return Alternative((*base.passes, chosen), trial, layers, tuple(records), base.alike)
 
 
-def _sampled(base: Alternative, alike: AlikeLayers, chosen: Pass, request: Request) -> Alternative:
+def _sampled(base: Alternative, alike: AlikeLayers | None, chosen: Pass, request: Request) -> Alternative:
     """A lossy pass on top of a chain, applied to one of all layers that are alike.
 
     There are many variants of such passes, and their graphs are only priced: rewriting every one of a
     model's equal layers for each would be most of the planning.
+
+    Args:
+        base: the chain.
+        alike: the layers of its exact part; None if that was not looked at.
+        chosen: the pass.
+        request: what is planned for.
     """
-    samples = alike.samples(chosen)
-    if not samples or base.alike:  # of a second lossy pass, the graph shows the first one's samples only
+    samples = alike.samples(chosen) if alike is not None else {}
+    if base.alike and samples:
+        # Layers that the first lossy pass took for alike must be so for the second one, too: the graph shows
+        # no others. What it left as they were, it found to be unlike all of these.
+        agreed = all(samples.get(x) == samples.get(sample) for x, sample in base.alike.items())
+        samples = dict(base.alike) if agreed else {}
+    if not samples:
         return _applied(base.graph, base, chosen, request)
     found = _applied(base.graph, base, replace(chosen, layers=spell_layers(samples.values())), request)
     by_layer: dict[Layer, list[SiteRecord]] = {}
@@ -164,9 +192,13 @@ def _sampled(base: Alternative, alike: AlikeLayers, chosen: Pass, request: Reque
         for layer, sample in samples.items()
         for record in by_layer.get(sample, ())
     )
-    applied = {layer for layer, sample in samples.items() if sample in found.layers}
+    applied = {layer for layer, sample in samples.items() if sample in _applied_layers(found.records)}
     layers = frozenset(layer for layer in base.layers if layer in applied)
     return Alternative((*base.passes, chosen), found.graph, layers, records, samples)
+
+
+def _applied_layers(records: Sequence[SiteRecord]) -> set[Layer]:
+    return {layer_number(r.site) for r in records if r.status == "applied"}
 
 
 def find_program_choices(graph: Graph, request: Request) -> tuple[list[ProgramChoice], list[SiteRecord]]:
@@ -184,7 +216,7 @@ def find_program_choices(graph: Graph, request: Request) -> tuple[list[ProgramCh
         if cls.scope != "program":
             continue
         group: list[Pass | None] = [None]
-        for chosen in given.get(name, []) or cls.variants():
+        for chosen in given.get(name, []) or cls.proposed(request.workload):
             record = _refusal(chosen, graph, request)
             if record is None:
                 group.append(chosen)
@@ -204,7 +236,7 @@ def _refusal(chosen: Pass, graph: Graph, request: Request) -> SiteRecord | None:
     sites = chosen.find(graph)
     if not sites:
         return SiteRecord(str(chosen), "program", "not found", "no site matches", chosen.fidelity)
-    verdict = chosen.legal(sites[0])
-    if verdict.ok:
+    verdicts = [chosen.legal(site) for site in sites]
+    if any(verdict.ok for verdict in verdicts):
         return None
-    return SiteRecord(str(chosen), "program", "illegal", verdict.reason, chosen.fidelity)
+    return SiteRecord(str(chosen), "program", "illegal", verdicts[0].reason, chosen.fidelity)

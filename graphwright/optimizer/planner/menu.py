@@ -16,6 +16,7 @@ from graphwright.optimizer.planner.alternatives import (
     find_alternatives,
     find_program_choices,
     name_of,
+    place_in_chain,
 )
 from graphwright.optimizer.planner.prices import PriceList, site_name
 from graphwright.optimizer.planner.request import Candidate, Request, to_decision
@@ -94,6 +95,8 @@ class Menu:
         for layer in self.prices.layers:
             for step in by_name[chosen.sites[site_name(layer)]].passes:
                 layers.setdefault(step, set()).add(layer)
+        # Layers differ in their chains: what comes first in any of them comes first in the program.
+        layers = dict(sorted(layers.items(), key=lambda item: place_in_chain(item[0])))
         everywhere = {step: self._reach(step) for step in layers}
         passes = [
             step

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from graphwright.ir.errors import PassError
+from graphwright.ir.errors import BudgetError, PassError
 from graphwright.ir.graph import Graph, module_path
 from graphwright.optimizer.planner.menu import make_menu
 from graphwright.optimizer.planner.request import Plan, Planned, Request, to_decision
 from graphwright.optimizer.planner.store_kernels import kernel_family
-from graphwright.optimizer.report import Decision
+from graphwright.optimizer.report import Decision, Status
 from graphwright.passes.base import Pass, order_passes, parse_pass
+from graphwright.passes.chunk_prefill import ChunkPrefill
 
 
 def plan_given(graph: Graph, passes: Sequence[str | Pass], request: Request) -> Planned:
@@ -35,10 +36,12 @@ def _annotate(graph: Graph, request: Request) -> None:
 
 # Choices that a whole plan's workspace may push over the memory limit before giving up.
 _ATTEMPTS = 4
+# Tokens of a prompt's steps that are tried where those of longer ones do not fit.
+_SMALLER_STEPS = (64, 128, 256)
 
 
 def plan_best(graph: Graph, request: Request) -> Planned:
-    """Choose the fastest plan within the budget.
+    """Choose the fastest plan within the budget; prompts run in smaller steps if that is what it takes.
 
     Args:
         graph: the canonical graph; stays as it is.
@@ -47,9 +50,38 @@ def plan_best(graph: Graph, request: Request) -> Planned:
     Raises:
         BudgetError: nothing is within the budget; names the closest plan.
     """
+    try:
+        return _fastest(graph, request)
+    except BudgetError:
+        found = _in_smaller_steps(graph, request)
+        if found is None:
+            raise
+        return found
+
+
+def _in_smaller_steps(graph: Graph, request: Request) -> Planned | None:
+    """The plan with the longest steps of prompts whose activations fit; None if there is none."""
+    found = None
+    for tokens in _SMALLER_STEPS:
+        steps = ChunkPrefill(tokens=str(tokens))
+        try:
+            found = _fastest(graph, request, steps)
+        except BudgetError:
+            break
+        reason = "what steps of 512 tokens hold at one time does not fit the memory"
+        found.decisions.append(Decision(str(steps), "", Status.APPLIED, reason, fidelity=steps.fidelity))
+        found.plan = replace(found.plan, passes=(*found.plan.passes, str(steps)))
+        found.others = [replace(other, passes=(*other.passes, str(steps))) for other in found.others]
+    return found
+
+
+def _fastest(graph: Graph, request: Request, steps: ChunkPrefill | None = None) -> Planned:
+    """:func:`plan_best` for prompts in such steps."""
     graph = graph.copy()
     _annotate(graph, request)
     baseline = request.estimate(graph)
+    if steps is not None:
+        graph.annotations["prefill_chunk"] = steps.size
     menu = make_menu(graph, request)
     for _ in range(_ATTEMPTS):
         best = menu.choose()

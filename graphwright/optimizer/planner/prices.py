@@ -10,7 +10,7 @@ from graphwright.cost_model.cost import Cost
 from graphwright.cost_model.graph_cost import graph_cost
 from graphwright.cost_model.prediction import predict
 from graphwright.cost_model.stores import StoreSpec, cache_bytes, default_stores
-from graphwright.ir.graph import Graph, layer_number
+from graphwright.ir.graph import Graph, layer_number, module_path
 from graphwright.optimizer.choice import ProgramOption, SiteOption
 from graphwright.optimizer.planner.alternatives import Alternative, ProgramChoice
 from graphwright.optimizer.planner.layers import Layer, costs_by_layer
@@ -32,10 +32,12 @@ class StepPrices:
     def __init__(
         self, alternative: Alternative, graph: Graph, request: Request, memo: dict[Any, float]
     ) -> None:
-        self._request, self._memo = request, memo
+        self._request, self._memo, self.graph = request, memo, graph
         self._bytes: dict[int, float] = {}
-        found = costs_by_layer(graph_cost(graph))
-        self._parts = {layer: found.get(alternative.sample(layer), {}) for layer in found}
+        layers = {node: layer_number(module_path(node)) for node in graph.nodes}
+        shown = {alternative.sample(layer) for layer in layers.values()}
+        found = costs_by_layer(graph_cost(graph, only={n for n, layer in layers.items() if layer in shown}))
+        self._parts = {layer: found.get(alternative.sample(layer), {}) for layer in {*layers.values()}}
 
     def seconds(self, layer: Layer, shape: StepShape) -> float:
         """Seconds of a layer (None: of what is in no layer) in a step of this shape, on average.
@@ -92,7 +94,7 @@ class PriceList:
         self.alternatives, self.choices, self._request, self._losses = alternatives, choices, request, losses
         self._memo: dict[Any, float] = {}
         self._steps: dict[tuple[int, tuple[Pass, ...]], StepPrices] = {}
-        self._kept: dict[int, list[StoreSpec]] = {}
+        self._kept: dict[tuple[int, tuple[Pass, ...]], list[StoreSpec]] = {}
         self.layers = sorted({x for a in alternatives for x in a.layers}, key=lambda x: (x is not None, x))
 
     def sites(self) -> dict[str, list[SiteOption]]:
@@ -118,10 +120,10 @@ class PriceList:
     def _option(self, index: int, alternative: Alternative, layer: Layer) -> SiteOption:
         seconds = {c.name: self._step(index, c).seconds(layer, c.shape) for c in self.choices}
         sample = alternative.sample(layer)
-        stores = [s for s in self._stores(index) if layer_number(s.name) == sample]
-        kept = cache_bytes(stores, self._request.workload.batch, self._request.workload.capacity)
+        kept = {c.name: self._kept_bytes(index, c, sample) for c in self.choices}
         lost = self._loss(alternative, layer)
-        return SiteOption(alternative.name, seconds, kept, lost.kl, lost.log_perplexity)
+        most = max(kept.values())
+        return SiteOption(alternative.name, seconds, most, lost.kl, lost.log_perplexity, kept)
 
     def _loss(self, alternative: Alternative, layer: Layer) -> Sensitivity:
         """The sum over the chain's lossy passes and the layer's sites."""
@@ -139,16 +141,20 @@ class PriceList:
             alternative = self.alternatives[index]
             graph = alternative.graph.copy() if choice.rewriting else alternative.graph
             for chosen in choice.rewriting:
-                # Judged before (find_program_choices); what it gains is what is asked here.
+                # What it gains is what is asked here, wherever it may apply.
                 for site in chosen.find(graph):
-                    chosen.apply(site, graph)
+                    if chosen.legal(site).ok:
+                        chosen.apply(site, graph)
             self._steps[key] = StepPrices(alternative, graph, self._request, self._memo)
         return self._steps[key]
 
-    def _stores(self, index: int) -> list[StoreSpec]:
-        if index not in self._kept:
-            self._kept[index] = default_stores(self.alternatives[index].graph)
-        return self._kept[index]
+    def _kept_bytes(self, index: int, choice: ProgramChoice, layer: Layer) -> float:
+        """What a layer keeps in memory."""
+        key = (index, choice.rewriting)
+        if key not in self._kept:
+            self._kept[key] = default_stores(self._step(index, choice).graph)
+        stores = [s for s in self._kept[key] if layer_number(s.name) == layer]
+        return float(cache_bytes(stores, self._request.workload.batch, self._request.workload.capacity))
 
 
 def site_name(layer: Layer) -> str:

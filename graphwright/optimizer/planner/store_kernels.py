@@ -7,6 +7,7 @@ from typing import Any
 from graphwright.cost_model.streaming import StoreKernels, register_store_kernels
 from graphwright.cost_model.target import Target
 from graphwright.ir.codecs import PageShape
+from graphwright.ir.selectors import parse_selector
 from graphwright.kernels.registry import kernels
 
 _TRITON = "triton"
@@ -38,8 +39,18 @@ def _packs(codec: str, shape: PageShape) -> bool:
     return encode_obstacle(codec, shape) is None
 
 
+def _scores(selector: str) -> bool:
+    """Whether a Triton kernel scores the pages of a selector."""
+    return parse_selector(selector).name in _SCORED
+
+
+_SCORED = ("bounds",)
+
 register_store_kernels(
     _TRITON,
     # An attention is split along its keys, and its parts are combined.
-    StoreKernels(_supports, _packs, attention_launches=2, turning_launches=1, joins_rotary=True),
-)
+    StoreKernels(
+        _supports, _packs, attention_launches=2, turning_launches=1, joins_rotary=True, scores=_scores,
+        chooses=True,
+    ),
+)  # fmt: skip
