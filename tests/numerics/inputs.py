@@ -340,8 +340,11 @@ def after_append(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @generator("cache_attention")
 def cache_attention(dtype: torch.dtype) -> Iterator[Case]:
+    from tests.numerics.sparse_inputs import listed_cases  # it needs steps from here
+
     for name, options in STEPS.items():
         yield name, after_append(step(dtype, **options))
+    yield from listed_cases(dtype)
 
 
 @generator("slot_positions")
@@ -359,5 +362,42 @@ def cache_read(dtype: torch.dtype) -> Iterator[Case]:
 @generator("packed_attention")
 def packed_attention(dtype: torch.dtype) -> Iterator[Case]:
     from tests.numerics.packed_inputs import packed_cases
+    from tests.numerics.sparse_inputs import listed_packed_cases
 
     yield from packed_cases(dtype)
+    yield from listed_packed_cases(dtype)
+
+
+@generator("score_pages")
+def score_pages(dtype: torch.dtype) -> Iterator[Case]:
+    from tests.numerics.sparse_inputs import score_cases
+
+    yield from score_cases(dtype)
+
+
+@generator("choose_pages")
+def choose_pages(dtype: torch.dtype) -> Iterator[Case]:
+    from tests.numerics.sparse_inputs import choose_cases
+
+    yield from choose_cases(dtype)
+
+
+@generator("prefix_attention")
+def prefix_attention(dtype: torch.dtype) -> Iterator[Case]:
+    from tests.numerics.prefix_inputs import prefix_cases
+
+    yield from prefix_cases(dtype)
+
+
+@generator("prefill_attention")
+def prefill_attention(dtype: torch.dtype) -> Iterator[Case]:
+    from tests.numerics.prefill_inputs import prefill_cases
+
+    yield from prefill_cases(dtype)
+
+
+@generator("observe_queries")
+def observe_queries(dtype: torch.dtype) -> Iterator[Case]:
+    from tests.numerics.eviction_inputs import eviction_cases
+
+    yield from eviction_cases(dtype)
