@@ -63,7 +63,7 @@ def _cpp_supports(key_codec: str, value_codec: str, **_: Any) -> str | None:
 
 
 def _cpp_scores(selector: str) -> bool:
-    return parse_selector(selector).name in ("bounds", "mean")
+    return parse_selector(selector).in_kernels
 
 
 #: Measured with ``benchmarks/prefill_masks.py``: 512 queries over 8,192 tokens, two cores with AVX-512.

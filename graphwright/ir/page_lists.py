@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import torch
 
+#: Arguments of ``cache_attention``: those that ``append_attention`` shares, and those that say what is read.
+BEFORE_LISTS = (
+    "q", "keys", "values", "positions", "lengths", "counts", "tree", "scale", "window", "softcap", "sinks",
+)  # fmt: skip
+LISTS = ("pages", "chosen", "page", "first")
+
 
 def listed_tokens(
     pages: torch.Tensor, chosen: torch.Tensor, page: int, first: int, lengths: torch.Tensor, slots: int

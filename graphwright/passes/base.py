@@ -341,6 +341,17 @@ def _takes(cls: type[Pass], option: str) -> bool:
     return option in {f.name for f in dataclasses.fields(cls)}
 
 
+def in_chain_order(classes: Iterable[type[Pass]]) -> list[type[Pass]]:
+    """Kinds of passes, each after those that it follows; otherwise as they come."""
+    waiting, ordered = list(classes), []
+    while waiting:
+        names = {cls.name for cls in waiting}
+        first = next((cls for cls in waiting if not cls.follows & (names - {cls.name})), waiting[0])
+        waiting.remove(first)
+        ordered.append(first)
+    return ordered
+
+
 def order_passes(chosen: Iterable[Pass]) -> list[Pass]:
     """Order by ``requires``, ``provides`` and ``follows``; the given order breaks ties.
 

@@ -21,6 +21,7 @@ from graphwright.cost_model.workload import Workload
 from graphwright.ir.codecs import PageShape, parse_codec
 from graphwright.ir.errors import PassError
 from graphwright.ir.graph import Graph, argument, module_path, op_name, value
+from graphwright.ir.page_lists import BEFORE_LISTS
 from graphwright.ir.selectors import Selector, parse_selector
 from graphwright.passes.base import CostDelta, Fidelity, Pass, Site, Verdict, register_pass
 from graphwright.passes.place_cache import dense_input, new_size, step_inputs
@@ -171,7 +172,7 @@ class SparsifyAttention(Pass):
             "choose_pages", scores, *step, *pages, self.sinks, self.keep, self.share, before=attention
         )
         listed = [graph.emit(operator.getitem, choice, i, before=attention) for i in range(2)]
-        given = [argument(attention, name) for name in _BEFORE_LISTS]
+        given = [argument(attention, name) for name in BEFORE_LISTS]
         new = graph.emit(
             "cache_attention", *given, *listed, paging.shape.tokens, paging.first, before=attention
         )
@@ -256,10 +257,6 @@ _ATTENTIONS = {
     "prefix_attention": "the rows share a prefix, which is read for all of them together",
     "prefill_attention": "its prompts are masked already: select pages first",
 }
-#: The arguments of ``cache_attention`` before the lists.
-_BEFORE_LISTS = (
-    "q", "keys", "values", "positions", "lengths", "counts", "tree", "scale", "window", "softcap", "sinks",
-)  # fmt: skip
 
 
 def _missing(selector: Selector, graph: Graph) -> str | None:

@@ -236,8 +236,9 @@ class Program:
             "lengths": lengths,
             "counts": counts,
             "tree": tree if tree is not None else torch.empty_like(positions[:, :0]),
-            "dense": given.dense if given.dense is not None else torch.zeros_like(counts),
         }
+        if "dense" in self.lowered.inputs:
+            named["dense"] = given.dense if given.dense is not None else torch.zeros_like(counts)
         prefix = next(iter(self._allocator.prefixes.values()), None)  # all are of one length
         if prefix is not None:
             named[OWN_LENGTHS] = lengths - stores[prefix].shape[2]

@@ -59,6 +59,8 @@ class Selector(ABC):
         needs_tokens: summaries are made with the token ids of the page.
         estimates: scores estimate attention, so that their softmax is a share of its mass. Of the others
             only the order means anything.
+        in_kernels: kernels score it (``kernels/cpp/page_scores.cpp``, ``kernels/triton/score_pages.py``);
+            the others run the op's reference.
     """
 
     name: ClassVar[str]
@@ -67,6 +69,7 @@ class Selector(ABC):
     needs_samples: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = False
     estimates: ClassVar[bool] = True
+    in_kernels: ClassVar[bool] = False
 
     def obstacle(self, shape: PageShape) -> str | None:
         """Why it cannot serve pages of this shape; None if it can."""

@@ -9,17 +9,14 @@ import torch
 
 from graphwright.ir.selectors import parse_selector
 
-#: Selectors with a kernel; see ``page_scorer`` in ``page_scores.cpp``. Others run the op's reference body.
-SCORED = ("bounds", "mean")
-
 
 def supports_score_pages(
     q: torch.Tensor, summary: Sequence[torch.Tensor], selector: str, **_: Any
 ) -> str | None:
     """None when ``score_pages`` takes these, else the reason."""
-    name = parse_selector(selector).name
-    if name not in SCORED:
-        return f"no kernel scores pages by {name}"
+    chosen = parse_selector(selector)
+    if not chosen.in_kernels:
+        return f"no kernel scores pages by {chosen.name}"
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"{q.dtype} is not float32 or bfloat16"
     if summary[0].dtype != q.dtype:

@@ -10,7 +10,14 @@ from graphwright.cost_model.stores import StoreSpec, default_stores
 from graphwright.ir.graph import Graph, layer_number
 from graphwright.optimizer.planner.layers import AlikeLayers, Layer, in_layer
 from graphwright.optimizer.planner.request import Request
-from graphwright.passes.base import Pass, SiteRecord, StepShape, registered_passes, spell_layers
+from graphwright.passes.base import (
+    Pass,
+    SiteRecord,
+    StepShape,
+    in_chain_order,
+    registered_passes,
+    spell_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,9 @@ def name_of(passes: Sequence[Pass]) -> str:
 
 
 def place_in_chain(chosen: Pass) -> int:
-    """Sorts passes as chains have them: what gives a program its cache, then the others by their names."""
-    names = list(registered_passes())
-    return -1 if "cache" in chosen.provides else names.index(chosen.name)
+    """Sorts passes as chains have them: what gives a program its cache, then the others in their order."""
+    kinds = in_chain_order(registered_passes().values())
+    return -1 if "cache" in chosen.provides else kinds.index(type(chosen))
 
 
 def find_alternatives(graph: Graph, request: Request) -> Iterator[Alternative]:
@@ -100,7 +107,7 @@ def find_alternatives(graph: Graph, request: Request) -> Iterator[Alternative]:
         graph: the canonical graph; copied for each chain.
         request: lossy passes are tried only if it allows a loss.
     """
-    classes = [cls for cls in registered_passes().values() if cls.scope == "site"]
+    classes = [cls for cls in in_chain_order(registered_passes().values()) if cls.scope == "site"]
     first = [p for cls in classes if "cache" in cls.provides for p in cls.variants()]
     rest = [cls for cls in classes if "cache" not in cls.provides]
 
@@ -113,7 +120,7 @@ def find_alternatives(graph: Graph, request: Request) -> Iterator[Alternative]:
         provided = frozenset().union(*(p.provides for p in base.passes))
         for cls in rest:
             unusable = not cls.requires <= provided or (cls.fidelity == "lossy" and not request.allows_loss)
-            # In the order of their names: each set of passes is tried once.
+            # In one order: each set of passes is tried once.
             if unusable or any(
                 type(p) in rest and rest.index(type(p)) >= rest.index(cls) for p in base.passes
             ):

@@ -41,10 +41,8 @@ def _packs(codec: str, shape: PageShape) -> bool:
 
 def _scores(selector: str) -> bool:
     """Whether a Triton kernel scores the pages of a selector."""
-    return parse_selector(selector).name in _SCORED
+    return parse_selector(selector).in_kernels
 
-
-_SCORED = ("bounds",)
 
 register_store_kernels(
     _TRITON,

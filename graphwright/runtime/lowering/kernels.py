@@ -12,6 +12,7 @@ from torch.fx.node import Node
 
 from graphwright.ir.graph import Graph, argument, module_path, op_name, value
 from graphwright.ir.ops import SEMANTIC_OPS
+from graphwright.ir.page_lists import BEFORE_LISTS
 from graphwright.kernels.registry import REFERENCE, Kernel, select
 
 _ACTIVATION_CALLS = {
@@ -25,12 +26,6 @@ KERNEL_OPS = (
     "linear", "linear_group", "routed_linear", "attention", "cache_append", "cache_attention",
     "append_attention", "rotary_append", "packed_attention", "prefix_attention", "score_pages",
     "choose_pages",
-)  # fmt: skip
-
-
-#: What ``append_attention`` shares with ``cache_attention``.
-_ATTENTION_ARGUMENTS = (
-    "q", "keys", "values", "positions", "lengths", "counts", "tree", "scale", "window", "softcap", "sinks",
 )  # fmt: skip
 
 
@@ -106,7 +101,7 @@ def fuse_appends(graph: Graph) -> None:
         if any(len(store.users) != 2 for store in (keys, values)):
             continue
         new = {a.args[0]: a.args[1] for a in appends}
-        given = [argument(node, name) for name in _ATTENTION_ARGUMENTS]
+        given = [argument(node, name) for name in BEFORE_LISTS]
         fused = graph.emit("append_attention", given[0], new[keys], new[values], *given[1:], before=node)
         _finish(graph, node, fused)
         for append in appends:

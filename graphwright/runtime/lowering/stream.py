@@ -20,6 +20,7 @@ from torch.fx.node import Node
 from graphwright.ir.codecs import parse_codec
 from graphwright.ir.graph import Graph, ancestors, argument, op_name, value
 from graphwright.ir.packed_ops import PackedStore, page_shape, read_tile, slot_numbers, stream_attention
+from graphwright.ir.page_lists import LISTS
 from graphwright.runtime.lowering.split import Builder, structure
 from graphwright.runtime.packed_storage import PackedLayout
 
@@ -27,7 +28,6 @@ _NAMESPACE = "graphwright_stream"
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _ATTENTION_TENSORS = ("q", "positions", "lengths", "counts", "tree", "sinks")
 _ATTENTION_NUMBERS = ("scale", "window", "softcap")
-_ATTENTION_LISTS = ("pages", "chosen", "page", "first")
 
 
 def packed_layouts(graph: Graph) -> list[PackedLayout]:
@@ -82,7 +82,7 @@ def _packed_attention(graph: Graph, attention: Node, keys: Node, values: Node) -
     given += [argument(attention, name) for name in ("positions", "lengths", "counts", "tree")]
     for read in (keys, values):
         given += [argument(read, "codec"), argument(read, "page")]
-    given += [argument(attention, name) for name in (*_ATTENTION_NUMBERS, "sinks", *_ATTENTION_LISTS)]
+    given += [argument(attention, name) for name in (*_ATTENTION_NUMBERS, "sinks", *LISTS)]
     return graph.emit("packed_attention", *given, before=attention)
 
 

@@ -15,19 +15,14 @@ from graphwright.ir.sparse_ops import choose_pages, score_pages
 from graphwright.optimizer.catalog import selectors as catalog
 from tests.numerics.selectors.pages import HEADS, SCALE, SHAPE, exact_mass, normal, summarize
 
-#: Texts that use each selector.
+#: Texts that use the options of selectors; of the others the name is one.
 EXAMPLES: dict[str, tuple[str, ...]] = {
-    "bounds": ("bounds",),
     "channels": ("channels(count=4)", "channels(count=6, bits=4)", "channels(count=8, bits=8)"),
     "hashing": ("hashing", "hashing(bits=24, rounds=2)"),
-    "mean": ("mean",),
-    "oracle": ("oracle",),
-    "random": ("random",),
-    "recent": ("recent",),
     "sentences": ("sentences", "sentences(parts=3)"),
     "spans": ("spans", "spans(pages=3, spans=1)"),
 }
-TEXTS = [text for texts in EXAMPLES.values() for text in texts]
+TEXTS = [text for name in sorted(registered_selectors()) for text in EXAMPLES.get(name, (name,))]
 PAGES = 11
 
 every_selector = pytest.mark.parametrize("text", TEXTS)
@@ -39,10 +34,10 @@ def some_keys(batch: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tenso
     return normal(batch, PAGES, SHAPE.groups, SHAPE.tokens, SHAPE.features, dtype=dtype)
 
 
-def test_every_selector_has_an_example_and_a_line_in_the_catalog() -> None:
-    assert set(EXAMPLES) == set(registered_selectors())
+def test_every_selector_has_a_line_in_the_catalog() -> None:
+    assert set(EXAMPLES) <= set(registered_selectors())
     listed = {name for name in catalog() if not name.startswith("evict_tokens{")}
-    assert listed == {"all", *EXAMPLES}
+    assert listed == {"all", *registered_selectors()}
     for name, cls in registered_selectors().items():
         assert cls.source and cls.source in catalog()[name] and cls.summary in catalog()[name]
 

@@ -25,6 +25,7 @@ class Bounds(Selector):
     name: ClassVar[str] = "bounds"
     summary: ClassVar[str] = "an upper bound, from each channel's lowest and highest key"
     source: ClassVar[str] = "Quest, Tang et al. 2024"
+    in_kernels: ClassVar[bool] = True
 
     def layout(self, shape: PageShape, dtype: torch.dtype) -> dict[str, Buffer]:
         return {"extremes": Buffer((shape.groups, 2, shape.features), dtype)}

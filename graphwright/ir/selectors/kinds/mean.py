@@ -23,6 +23,7 @@ class Mean(Selector):
     name: ClassVar[str] = "mean"
     summary: ClassVar[str] = "the mean key of each page"
     source: ClassVar[str] = "InfLLM v2 in MiniCPM4, 2025; BiFormer, Zhu et al. 2023"
+    in_kernels: ClassVar[bool] = True
 
     def layout(self, shape: PageShape, dtype: torch.dtype) -> dict[str, Buffer]:
         return {"mean": Buffer((shape.groups, shape.features), dtype)}
