@@ -19,7 +19,7 @@ def spell(part: Any) -> str:
     """A part as :class:`PartParser` reads it: ``name(option=value)``, without options that are as usual."""
     changed = [
         f"{f.name}={getattr(part, f.name)}"
-        for f in dataclasses.fields(part)
+        for f in _fields(part)
         if f.default is dataclasses.MISSING or getattr(part, f.name) != f.default
     ]
     return f"{part.name}({', '.join(changed)})" if changed else str(part.name)
@@ -150,7 +150,8 @@ def _name_of(cls: Any) -> str:
 
 
 def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(cls)
+    """The options; what a part keeps for itself is none."""
+    return tuple(f for f in dataclasses.fields(cls) if f.init)
 
 
 def _convert(kind: Any, text: str) -> Any:

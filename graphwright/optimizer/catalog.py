@@ -8,7 +8,7 @@ from graphwright.ir.codecs.methods import methods
 from graphwright.ir.evictors import registered_evictors as _evictors
 from graphwright.ir.selectors import registered_selectors as _selectors
 from graphwright.passes.base import describe_passes
-from graphwright.runtime.speculation import drafters as _drafters
+from graphwright.runtime.speculation import describe_drafters
 
 
 def targets() -> dict[str, str]:
@@ -23,7 +23,7 @@ def passes() -> dict[str, str]:
 
 def drafters() -> dict[str, str]:
     """Every source of drafts for speculative decoding."""
-    return dict(_drafters())
+    return describe_drafters()
 
 
 def codecs() -> dict[str, str]:

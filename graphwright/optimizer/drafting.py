@@ -13,7 +13,7 @@ from graphwright.passes.base import StepShape
 from graphwright.passes.speculate import LENGTHS, Speculate
 from graphwright.runtime.model import OptimizedModel
 from graphwright.runtime.program import Program
-from graphwright.runtime.speculation import Speculation, drafters, make_speculation
+from graphwright.runtime.speculation import Speculation, describe_drafters, make_speculation
 from graphwright.runtime.speculation.acceptance import measure_drafts
 from graphwright.runtime.speculation.drafter import drafter_class
 
@@ -36,7 +36,7 @@ def measured_drafts(texts: Sequence[Text]) -> tuple[Speculate, ...]:
     found: list[Speculate] = []
     if not any(follow for _, follow in texts):
         return ()
-    for name in drafters():
+    for name in describe_drafters():
         if drafter_class(name).wants_logits:
             continue
         for tokens in LENGTHS:

@@ -28,7 +28,6 @@ _TOKEN_WISE_ATEN = {
     "dropout",
 }  # fmt: skip
 _PROJECTIONS = {"linear", "linear_group", "gated_mlp", "mlp", "routed_linear"}
-_SIZE_OPS = {"aten.sym_size.int", "mul", "add", "floordiv", "sub"}
 _INFINITE = math.inf
 # Ties go to the tensors nearest to the attention: one element outweighs any distance.
 _ELEMENT = 1 << 40
@@ -197,21 +196,6 @@ def token_dim(graph: Graph, node: Node) -> int | None:
     if len(found) != 1 or len(shape) not in (3, 4):
         return None
     return found[0] if all(isinstance(s, int) for i, s in enumerate(shape) if i not in (0, *found)) else None
-
-
-def token_dominators(graph: Graph) -> tuple[dict[Node, Node], dict[Node, int]]:
-    """Immediate dominators of everything that depends on ``input_ids``, and the execution order."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    flow = nx.DiGraph()
-    root = graph.placeholder("input_ids")
-    flow.add_node(root)
-    for node in graph.nodes:
-        if node.op != "call_function" or op_name(node) in _SIZE_OPS:
-            continue
-        for previous in node.all_input_nodes:
-            if previous in flow:
-                flow.add_edge(previous, node)
-    return nx.immediate_dominators(flow, root), order
 
 
 def _common_dominator(a: Node, b: Node, dominators: dict[Node, Node], order: dict[Node, int]) -> Node:

@@ -16,10 +16,11 @@ from torch.fx.node import Node
 
 from graphwright.cost_model.target import Target
 from graphwright.cost_model.workload import Workload
+from graphwright.ir.dominators import token_dominators
 from graphwright.ir.errors import PassError
 from graphwright.ir.graph import Graph, argument, module_path, op_name, value
 from graphwright.passes.base import CostDelta, Fidelity, Pass, Site, Verdict, register_pass
-from graphwright.passes.cache_cut import Cut, LayerSlice, token_dim, token_dominators
+from graphwright.passes.cache_cut import Cut, LayerSlice, token_dim
 from graphwright.passes.cache_price import CachePrice, price_cut
 
 _VIEWS = ("aten.view.default", "aten.transpose.int", "aten.unsqueeze.default", "aten.slice.Tensor")
@@ -42,6 +43,7 @@ class PlaceCache(Pass):
     summary: ClassVar[str] = "store what each layer needs of past tokens: keys and values, or a cheaper cut"
     fidelity: ClassVar[Fidelity] = "exact"
     provides: ClassVar[frozenset[str]] = frozenset({"cache"})
+    follows: ClassVar[frozenset[str]] = frozenset({"skip_layers", "slide_attention"})
 
     cut: str = "auto"
 

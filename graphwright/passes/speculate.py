@@ -30,10 +30,11 @@ from graphwright.passes.base import (
 
 #: A tree's mask is one int64 a token: the last token and at most this many drafts fit a step.
 MOST_TOKENS = 62
+#: Options that name a part, with options of its own.
+PARTS = ("drafter", "tree", "verifier", "rule")
+_PART = re.compile(r"[A-Za-z_][\w.]*(\([^()]*\))?")
 #: Draft lengths that the planner prices.
 LENGTHS = (2, 4, 8, 16)
-RULES = ("fixed", "adaptive")
-VERIFIERS = ("auto",)
 #: Accepted tokens over accepted and refused ones, for the n-gram drafter, drafts of 8 and CPython's language
 #: reference (``pydoc_data.topics``, the 51 topics of more than 256 tokens of SmolLM2's tokenizer, at most
 #: 2,048 of each, the second halves drafted: 0.164), rounded down. Cycles without a guess count as refused
@@ -47,13 +48,16 @@ PROSE_ACCEPTANCE = 0.16
 class Speculate(Pass):
     """Draft tokens and verify them in one step.
 
+    Drafter, tree, verifier and rule are parts with options of their own, ``ngram(max_ngram=4)``, which
+    docs/speculation.md lists.
+
     Options:
         drafter: who guesses; see ``graphwright.drafters()``.
         tokens: most tokens in a draft, 1 to 62.
-        max_ngram: longest suffix that the n-gram drafter looks up, at least 2.
-        verifier: ``auto`` compares with the most likely token in greedy decoding, and accepts or
-            rejects by chance when sampling.
-        rule: ``fixed`` drafts ``tokens`` every time; ``adaptive`` fewer after a refusal.
+        tree: which guesses are verified together: ``chain`` is one path.
+        verifier: how drafts that were drawn are verified when sampling; ``auto`` is the recursive rule.
+            Greedy decoding compares with the most likely token.
+        rule: how many tokens: ``fixed`` drafts ``tokens`` every time.
         acceptance: the probability that a draft token is accepted if those before it were, for the
             price. By default that of reference prose; the planner replaces it by what it measures.
         hit_rate: the share of cycles in which the drafter finds something, for the price; the others are
@@ -69,22 +73,21 @@ class Speculate(Pass):
 
     drafter: str = "ngram"
     tokens: int = 8
-    max_ngram: int = 3
+    tree: str = "chain"
     verifier: str = "auto"
     rule: str = "fixed"
     acceptance: float = PROSE_ACCEPTANCE
     hit_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.drafter):
-            raise PassError(f"{self.drafter!r} is not a drafter's name", hint="see graphwright.drafters()")
-        _check("rule", self.rule, RULES)
-        _check("verifier", self.verifier, VERIFIERS)
+        for option in PARTS:
+            if not _PART.fullmatch(getattr(self, option)):
+                raise PassError(
+                    f"{getattr(self, option)!r} is not a {option}", hint=f"write {option}=name(option=value)"
+                )
         _check_range("tokens", self.tokens, 1, MOST_TOKENS)
         _check_range("acceptance", self.acceptance, 0.0, 1.0)
         _check_range("hit_rate", self.hit_rate, 0.0, 1.0)
-        if self.max_ngram < 2:
-            raise PassError(f"max_ngram={self.max_ngram} is too short to look up", hint="max_ngram >= 2")
 
     @classmethod
     def variants(cls) -> list[Pass]:
@@ -132,11 +135,6 @@ class Speculate(Pass):
         rest = super().__str__().removeprefix(self.name).strip("{}")
         others = [item for item in rest.split(",") if item and not item.startswith("drafter=")]
         return f"{self.name}{{{','.join([f'drafter={self.drafter}', *others])}}}"
-
-
-def _check(option: str, given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise PassError(f"speculate has no {option} {given!r}", hint=f"choose one of {', '.join(known)}")
 
 
 def _check_range(option: str, given: float, low: float, high: float) -> None:

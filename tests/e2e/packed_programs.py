@@ -85,7 +85,7 @@ def passes_of(method: Method, bits: int) -> list[str]:
 
 def drafting() -> Speculation:
     """Drafts from the text so far, up to a page long."""
-    return make_speculation({"drafter": "ngram", "tokens": PAGE, "max_ngram": 3, "rule": "fixed"})
+    return make_speculation({"drafter": "ngram", "tokens": PAGE, "tree": "chain", "rule": "fixed"})
 
 
 def repetitive_prompts(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

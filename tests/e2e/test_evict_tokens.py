@@ -15,7 +15,7 @@ from graphwright.ir.errors import CapacityError
 from graphwright.ir.evictors import registered_evictors
 from graphwright.runtime.model import OptimizedModel
 from graphwright.runtime.program import Program
-from graphwright.runtime.speculation import Draft, Drafter, Speculation
+from graphwright.runtime.speculation import Draft, Drafter, Generation, Outcome, Speculation
 from graphwright.runtime.storage import State
 from tests.architectures import VOCAB, tiny_model
 from tests.e2e.packed_programs import PackedModel, drafting, random_text, repetitive_prompts
@@ -53,8 +53,8 @@ class Branches(Drafter):
     def __init__(self, answers: list[list[int]]) -> None:
         self.answers = answers
 
-    def begin(self, prompts: list[list[int]], program: Any) -> None:
-        self.at = [0] * len(prompts)
+    def begin(self, generation: Generation) -> None:
+        self.at = [0] * len(generation.prompts)
 
     def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
         return [self._draft(row, limit) for row, limit in zip(rows, budget, strict=True)]
@@ -68,8 +68,8 @@ class Branches(Drafter):
             parents += [parent, parent]
         return Draft(tokens, parents)
 
-    def observe(self, row: int, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
-        self.at[row] += len(tokens)
+    def observe(self, row: int, outcome: Outcome) -> None:
+        self.at[row] += len(outcome.tokens)
 
 
 def held(state: State) -> list[int]:

@@ -84,7 +84,7 @@ def test_bfloat16_tokens_do_not_depend_on_speculation(architecture: str) -> None
     """In bfloat16, greedy tokens with and without drafts are identical, alone and in a ragged batch."""
     model = tiny_model(architecture, torch.bfloat16)
     fast = gw.optimize(model, "cpu", passes=["place_cache"])
-    drafts = {"drafter": "ngram", "tokens": 8, "max_ngram": 3, "rule": "fixed"}
+    drafts = {"drafter": "ngram", "tokens": 8, "tree": "chain", "rule": "fixed"}
     for rows in (1, 4):
         ids, mask = ragged_prompts(fast.program.vocab_size)
         options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

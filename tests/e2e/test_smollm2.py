@@ -54,7 +54,7 @@ def test_twenty_prompts_are_identical(smollm2: tuple[Any, Any, gw.OptimizedModel
     """Greedy tokens equal stock's on every prompt, with and without speculation."""
     model, tokenizer, fast = smollm2
     options = {"max_new_tokens": TOKENS, "do_sample": False}
-    drafts = {"drafter": "ngram", "tokens": 6, "max_ngram": 3, "rule": "fixed"}
+    drafts = {"drafter": "ngram", "tokens": 6, "tree": "chain", "rule": "fixed"}
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
         expected = model.generate(**inputs, **options)

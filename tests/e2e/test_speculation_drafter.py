@@ -13,12 +13,14 @@ from graphwright.runtime.speculation import (
     AdaptiveLength,
     Draft,
     FixedLength,
+    Generation,
     NgramDrafter,
+    Outcome,
     Speculation,
-    drafters,
+    describe_drafters,
     make_drafter,
 )
-from graphwright.runtime.speculation.ngram import NgramIndex
+from graphwright.runtime.speculation.drafters.ngram import NgramIndex
 from graphwright.runtime.speculation.stats import DraftStats, GenerationStats
 
 
@@ -55,19 +57,19 @@ def test_incremental_index_equals_a_rescan(
 
 def test_ngram_keeps_rows_apart_and_budgets() -> None:
     drafter = NgramDrafter(max_ngram=3, tokens=4)
-    drafter.begin([[1, 2, 3, 4, 5, 1, 2], [9, 8, 7], [1, 2, 1, 2]], None)
+    drafter.begin(Generation([[1, 2, 3, 4, 5, 1, 2], [9, 8, 7], [1, 2, 1, 2]]))
     assert drafter.propose([0, 1, 2], [9, 9, 1]) == [Draft([3, 4, 5, 1]), Draft(), Draft([1])]
-    drafter.observe(1, [9, 8])
+    drafter.observe(1, Outcome([9, 8]))
     assert drafter.propose([1, 0], [2, 1]) == [Draft([7, 9]), Draft([3])]
-    drafter.begin([[1, 2]], None)
+    drafter.begin(Generation([[1, 2]]))
     assert drafter.propose([0], [4]) == [Draft()]
 
 
 def test_registry_lists_and_builds() -> None:
-    assert "prompt lookup" in drafters()["ngram"]
+    assert "prompt lookup" in describe_drafters()["ngram"]
     drafter = make_drafter("ngram", tokens=5)
     assert isinstance(drafter, NgramDrafter) and drafter.tokens == 5 and drafter.name == "ngram"
-    assert str(drafter) == "ngram(max_ngram=3, tokens=5, min_ngram=2)"
+    assert str(drafter) == "ngram(tokens=5)"
 
 
 @pytest.mark.parametrize(

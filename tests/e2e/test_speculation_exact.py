@@ -11,8 +11,17 @@ from transformers import GenerationConfig, LlamaConfig, StoppingCriteriaList
 
 from graphwright.ir.errors import InputError
 from graphwright.runtime.model import OptimizedModel
-from graphwright.runtime.speculation import Draft, Drafter, FixedLength, NgramDrafter, Speculation
-from graphwright.runtime.speculation.verifier import SamplingVerifier
+from graphwright.runtime.speculation import (
+    Draft,
+    Drafter,
+    FixedLength,
+    Generation,
+    NgramDrafter,
+    Outcome,
+    Speculation,
+)
+from graphwright.runtime.speculation.verifiers.recursive import Recursive
+from graphwright.runtime.speculation.verifiers.rejection import Rejection
 from tests.e2e.fake_program import VOCAB, TableProgram
 from tests.e2e.test_generate import RAGGED, Recorder, StopAt, padded, repetitive
 
@@ -29,8 +38,8 @@ class Oracle(Drafter):
         self.answers, self.wrong, self.width, self.vocab = answers, wrong, width, vocab
         self.seen: list[list[int]] = []
 
-    def begin(self, prompts: list[list[int]], program: Any) -> None:
-        self.seen = [[] for _ in prompts]
+    def begin(self, generation: Generation) -> None:
+        self.seen = [[] for _ in generation.prompts]
 
     def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
         return [self._draft(row, limit) for row, limit in zip(rows, budget, strict=True)]
@@ -52,10 +61,11 @@ class Oracle(Drafter):
             parent = len(tokens) - 1
         return Draft(tokens, parents)
 
-    def observe(self, row: int, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
-        assert logits is not None and logits.shape == (len(tokens), self.vocab)
-        assert logits.argmax(-1).tolist() == list(tokens)
-        self.seen[row].extend(tokens)
+    def observe(self, row: int, outcome: Outcome) -> None:
+        logits = outcome.chosen_logits()
+        assert logits.shape == (len(outcome.tokens), self.vocab)
+        assert logits.argmax(-1).tolist() == list(outcome.tokens)
+        self.seen[row].extend(outcome.tokens)
 
 
 def answers(model: Any, inputs: dict[str, torch.Tensor], new: int, **options: Any) -> list[list[int]]:
@@ -128,7 +138,7 @@ class Fixed(Drafter):
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
 
-    def begin(self, prompts: list[list[int]], program: Any) -> None:
+    def begin(self, generation: Generation) -> None:
         """Nothing to keep."""
 
     def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
@@ -139,7 +149,7 @@ class Fixed(Drafter):
         parents = None if self.draft.parents is None else self.draft.parents[:limit]
         return Draft(self.draft.tokens[:limit], parents)
 
-    def observe(self, row: int, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
+    def observe(self, row: int, outcome: Outcome) -> None:
         """Nothing to learn."""
 
 
@@ -150,8 +160,8 @@ class Random(Fixed):
         self.table = table
         self.last: list[int] = []
 
-    def begin(self, prompts: list[list[int]], program: Any) -> None:
-        self.last = [prompt[-1] for prompt in prompts]
+    def begin(self, generation: Generation) -> None:
+        self.last = [prompt[-1] for prompt in generation.prompts]
 
     def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
         state, tokens, laws = torch.tensor([self.last[row] for row in rows]), [], []
@@ -162,8 +172,8 @@ class Random(Fixed):
         drawn, q = torch.stack(tokens, 1).tolist(), torch.stack(laws, 1)
         return [Draft(drawn[i][:limit], None, q[i, :limit]) for i, limit in enumerate(budget)]
 
-    def observe(self, row: int, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
-        self.last[row] = tokens[-1]
+    def observe(self, row: int, outcome: Outcome) -> None:
+        self.last[row] = outcome.tokens[-1]
 
 
 def chi_square_p(counts: torch.Tensor, law: torch.Tensor) -> float:
@@ -238,6 +248,6 @@ def test_the_chi_square_test_notices_a_bias() -> None:
 def test_rejection_never_returns_what_the_target_excludes() -> None:
     p, q = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.9, 0.1, 0.0])
     torch.manual_seed(0)
-    got = [SamplingVerifier._reject(p, q, 0) for _ in range(200)]
-    assert set(got) == {1, 2}
-    assert {SamplingVerifier._reject(p, p, 1) for _ in range(50)} == {1}
+    for rule in (Rejection(), Recursive()):
+        assert {rule.pick(p, q, [0]) for _ in range(200)} == {1, 2}
+        assert {rule.pick(p, p, [1]) for _ in range(50)} == {1}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from graphwright.ir.errors import InputError
 from graphwright.runtime.speculation import Draft
-from graphwright.runtime.speculation.drafter import NO_DRAFT
+from graphwright.runtime.speculation.draft import NO_DRAFT
 from graphwright.runtime.speculation.tree import (
     MAX_TREE_TOKENS,
     ancestor_masks,

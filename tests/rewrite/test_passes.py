@@ -28,7 +28,7 @@ from graphwright.passes.base import (
 )
 from graphwright.passes.compile_layers import CompileLayers
 from graphwright.passes.place_cache import CUTS, PlaceCache
-from graphwright.passes.speculate import MOST_TOKENS, RULES, Speculate
+from graphwright.passes.speculate import MOST_TOKENS, Speculate
 from tests.rewrite.cached_programs import TARGET, WORKLOAD
 
 
@@ -85,8 +85,8 @@ PASSES = st.one_of(
         Speculate,
         drafter=st.from_regex(r"[a-z][a-z_]{0,10}", fullmatch=True),
         tokens=POSITIVE,
-        max_ngram=st.integers(2, 9),
-        rule=st.sampled_from(RULES),
+        tree=st.sampled_from(["chain", "fixed(widths=2+1)"]),
+        rule=st.sampled_from(["fixed", "adaptive(high=9)"]),
         acceptance=st.floats(0, 1),
     ),
 )

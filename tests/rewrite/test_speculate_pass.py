@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,9 +14,10 @@ from graphwright.cost_model.workload import Workload
 from graphwright.ir.errors import InputError, PassError
 from graphwright.passes.base import parse_pass
 from graphwright.passes.speculate import MOST_TOKENS, Speculate
-from graphwright.runtime.speculation import make_drafter
+from graphwright.runtime.speculation import Generation, Outcome, make_drafter, make_speculation
 from graphwright.runtime.speculation.acceptance import DraftRates, halves, measure_drafts
-from graphwright.runtime.speculation.drafter import _DRAFTERS, NO_DRAFT, Draft, Drafter
+from graphwright.runtime.speculation.draft import NO_DRAFT, Draft
+from graphwright.runtime.speculation.drafter import _REGISTRY, Drafter
 from tests.rewrite.cached_programs import TARGET, WORKLOAD, rewrite
 
 
@@ -27,17 +27,17 @@ def test_the_choice_becomes_an_annotation(captured) -> None:
     assert graph.annotations["speculation"] == {
         "drafter": "ngram",
         "tokens": 4,
-        "max_ngram": 3,
+        "tree": "chain",
         "verifier": "auto",
         "rule": "adaptive",
     }
 
 
 def test_the_options_build_the_drafter(captured) -> None:
-    graph, _ = rewrite(captured("llama"), "place_cache", "speculate{tokens=5,max_ngram=4}")
+    graph, _ = rewrite(captured("llama"), "place_cache", "speculate{drafter=ngram(max_ngram=4),tokens=5}")
     chosen = graph.annotations["speculation"]
-    built = make_drafter(chosen["drafter"], tokens=chosen["tokens"], max_ngram=chosen["max_ngram"])
-    assert built.default_length() == 5
+    built = make_speculation(chosen)
+    assert built.tokens == 5 and built.drafter == make_drafter("ngram", max_ngram=4)
 
 
 def test_the_rest_of_the_graph_stays(captured) -> None:
@@ -92,9 +92,8 @@ def test_the_drafter_is_always_printed() -> None:
     [
         "tokens=0",
         f"tokens={MOST_TOKENS + 1}",
-        "max_ngram=1",
-        "rule=loose",
-        "verifier=none",
+        "rule=two words",
+        "tree=fixed(",
         "acceptance=-0.1",
         "acceptance=nan",
         "drafter=two words",
@@ -111,14 +110,14 @@ def test_bad_options_are_refused(options: str) -> None:
 class HalfRight(Drafter):
     """Guesses the next token of 0, 1, 2, ... rightly and the one after it wrongly."""
 
-    def begin(self, prompts: list[list[int]], program: Any) -> None:
-        self.last, self.program = [row[-1] for row in prompts], program
+    def begin(self, generation: Generation) -> None:
+        self.last = [row[-1] for row in generation.prompts]
 
     def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
         return [Draft([self.last[row] + 1, 0][:most]) for row, most in zip(rows, budget, strict=True)]
 
-    def observe(self, row: int, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
-        self.last[row] = tokens[-1]
+    def observe(self, row: int, outcome: Outcome) -> None:
+        self.last[row] = outcome.tokens[-1]
 
 
 class Tree(HalfRight):
@@ -150,7 +149,7 @@ def _known() -> Iterator[None]:
     doubles = {"half_right": HalfRight, "tree": Tree, "silent": Silent, "curious": Curious}
     with pytest.MonkeyPatch.context() as patch:
         for name, cls in doubles.items():
-            patch.setitem(_DRAFTERS, name, cls)
+            patch.setitem(_REGISTRY.known, name, dataclass(cls))
         yield
 
 

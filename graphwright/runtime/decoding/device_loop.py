@@ -20,7 +20,7 @@ from graphwright.runtime.decoding.protocol import DecodingProgram
 from graphwright.runtime.decoding.request import Request
 from graphwright.runtime.decoding.transcript import Transcript
 from graphwright.runtime.speculation import Speculation
-from graphwright.runtime.speculation.drafter import NO_DRAFT
+from graphwright.runtime.speculation.draft import NO_DRAFT
 from graphwright.runtime.speculation.verifier import Verdict
 from graphwright.runtime.transfers import Readback, upload
 

@@ -22,10 +22,12 @@ from graphwright.runtime.decoding.request import Request
 from graphwright.runtime.decoding.transcript import Transcript
 from graphwright.runtime.shared_prefix import tokens_to_share
 from graphwright.runtime.speculation import Speculation
-from graphwright.runtime.speculation.drafter import NO_DRAFT, Draft
+from graphwright.runtime.speculation.draft import NO_DRAFT, Draft
+from graphwright.runtime.speculation.drafter import Drafter, Generation, Outcome
 from graphwright.runtime.speculation.stats import GenerationStats
 from graphwright.runtime.speculation.tree import MAX_TREE_TOKENS, StepTokens, pack
 from graphwright.runtime.speculation.verifier import GreedyVerifier, SamplingVerifier, Verdict, Verifier
+from graphwright.runtime.speculation.verifiers.recursive import Recursive
 from graphwright.runtime.transfers import upload
 
 
@@ -75,21 +77,35 @@ class DecodeLoop:
     def _make_verifier(self) -> Verifier:
         request = self.request
         process = RaggedProcessors(self.transcript) if request.processors else None
-        kind = SamplingVerifier if request.sample else GreedyVerifier
-        return kind(process, request.eos, keep_scores=request.keep_scores, keep_logits=request.keep_logits)
+        keep = {"keep_scores": request.keep_scores, "keep_logits": request.keep_logits}
+        if not request.sample:
+            return GreedyVerifier(process, request.eos, **keep)
+        rule = Recursive() if self.speculation is None else self.speculation.verifier
+        return SamplingVerifier(rule, process, request.eos, **keep)
 
     def run(self) -> Transcript:
         """Generate until every row has ended."""
-        if self.speculation is not None:
-            self.speculation.drafter.begin(self.request.prompts, self.program)
-            self.speculation.rule.begin(self.request.batch)
         state, logits = self._start()
         try:
+            if self.speculation is not None:
+                self.speculation.drafter.begin(self._generation(state, self.speculation))
+                self.speculation.rule.begin(self.request.batch)
             self._decode(state, logits)
         finally:
             self.program.give_back(state)
         self.stats.tokens = sum(len(row) for row in self.transcript.tokens)
         return self.transcript
+
+    def _generation(self, state: Any, speculation: Speculation) -> Generation:
+        return Generation(
+            self.request.prompts,
+            self.program,
+            state,
+            capacity=self._capacity,
+            sample=self.request.sample,
+            temperature=self.request.temperature,
+            replacement=speculation.verifier.replacement,
+        )
 
     def _start(self) -> tuple[Any, torch.Tensor]:
         """A state that holds the prompts, and the logits ``[B, 1, V]`` of their last tokens."""
@@ -124,7 +140,7 @@ class DecodeLoop:
             if step is not None:
                 self._commit(state, step, rows, verdicts)
             if self.speculation is not None:
-                self._observe(logits, rows, verdicts)
+                self._observe(self.speculation.drafter, logits, rows, drafts, verdicts)
                 drafts = self._propose(state, going_on)
             rows = going_on
             dense = self._rewind(state, rows)
@@ -186,26 +202,27 @@ class DecodeLoop:
             paths[row][: kept[row]] = [*range(lead + 1), *(node + lead + 1 for node in verdict.path)]
         state.commit_path(torch.tensor(paths, dtype=torch.int64), accepted, kept)
 
-    def _observe(self, logits: torch.Tensor, rows: list[int], verdicts: Sequence[Verdict]) -> None:
-        assert self.speculation is not None
-        drafter = self.speculation.drafter
+    @staticmethod
+    def _observe(
+        drafter: Drafter,
+        logits: torch.Tensor,
+        rows: list[int],
+        drafts: Sequence[Draft],
+        verdicts: Sequence[Verdict],
+    ) -> None:
         for row, verdict in zip(rows, verdicts, strict=True):
-            seen = None
-            if drafter.wants_logits:
-                nodes = [0, *(node + 1 for node in verdict.path)][: len(verdict.tokens)]
-                seen = logits[row, nodes]
-            drafter.observe(row, verdict.tokens, logits=seen)
+            drafter.observe(row, Outcome(verdict.tokens, drafts[row], verdict.path, logits[row]))
 
     def _propose(self, state: DecodingState, rows: list[int]) -> list[Draft]:
         """One draft a row, each within what may still be generated and what still fits the cache."""
         assert self.speculation is not None
-        drafter, rule, transcript = self.speculation.drafter, self.speculation.rule, self.transcript
+        speculation, rule, transcript = self.speculation, self.speculation.rule, self.transcript
         most = min(self.program.max_step_tokens, MAX_TREE_TOKENS) - 1
         drafting, budget = [], []
         fits, every = state.room(), self.program.refresh
         for row in rows:
             room = min(transcript.remaining(row), self._capacity - self._committed[row], fits[row]) - 1
-            limit = min(rule.budget(row), room, most)
+            limit = min(rule.budget(row), speculation.tokens, room, most)
             if every:
                 generated = len(transcript.tokens[row])
                 limit = min(limit, until_pass(generated, every) - 1, most - dense_tokens(generated, every))
@@ -213,11 +230,11 @@ class DecodeLoop:
                 drafting.append(row)
                 budget.append(limit)
         drafts: list[Draft] = [NO_DRAFT] * self.request.batch
-        proposed = drafter.propose(drafting, budget) if drafting else []
+        proposed = speculation.propose(drafting, budget) if drafting else []
         for row, limit, draft in zip(drafting, budget, proposed, strict=True):
             if len(draft.tokens) > limit:
                 raise InputError(
-                    f"drafter {drafter} proposed {len(draft.tokens)} tokens, its budget was {limit}",
+                    f"{speculation.drafter} proposed {len(draft.tokens)} tokens, its budget was {limit}",
                     where=f"row {row}",
                     hint="propose() must respect its budget",
                 )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from graphwright.runtime.speculation.drafter import Draft
+from graphwright.runtime.speculation.draft import Draft
 from graphwright.runtime.speculation.tree import chain
 
 

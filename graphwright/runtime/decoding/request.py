@@ -85,6 +85,12 @@ class Request:
     keep_logits: bool
 
     @property
+    def temperature(self) -> float:
+        """By which scores are divided before a token is drawn."""
+        found = [p.temperature for p in self.processors if type(p).__name__ == "TemperatureLogitsWarper"]
+        return float(found[-1]) if found else 1.0
+
+    @property
     def batch(self) -> int:
         """Rows of the request."""
         return self.ids.shape[0]

@@ -10,7 +10,8 @@ from scipy.optimize import brentq
 
 from graphwright.cost_model.speculation import expected_tokens
 from graphwright.ir.errors import InputError
-from graphwright.runtime.speculation.drafter import Draft, make_drafter
+from graphwright.runtime.speculation.draft import Draft
+from graphwright.runtime.speculation.drafter import Generation, Outcome, make_drafter
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def measure_drafts(
         drafter_name: a registered drafter.
         rows: prompts and what followed them, as token ids.
         tokens: most tokens in a draft.
-        program: what the drafter's ``begin`` gets; the n-gram drafter needs none.
+        program: what the drafter's ``begin`` gets; lookups need none.
         options: of the drafter.
 
     Raises:
@@ -84,7 +85,7 @@ def measure_drafts(
     cycles = drafted = gained = 0
     for prompt, follow in rows:
         text, start = [int(token) for token in (*prompt, *follow)], len(prompt)
-        guesser.begin([text[:start]], program)
+        guesser.begin(Generation([text[:start]], program))
         first = True
         while start < len(text):
             if not first and len(text) - start <= tokens:
@@ -96,7 +97,7 @@ def measure_drafts(
             cycles += 1
             drafted += bool(draft.tokens)
             gained += len(step) if draft.tokens else 0
-            guesser.observe(0, step)
+            guesser.observe(0, Outcome(step))
             start += len(step)
     return DraftRates(tokens, cycles, drafted, gained)
 

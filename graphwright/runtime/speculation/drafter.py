@@ -1,76 +1,93 @@
-"""Drafters: who guesses the next tokens. One method, one file; found by name through a registry."""
+"""Drafters: who guesses the next tokens. One method, one file; found by name through a registry.
+
+A :class:`Drafter` proposes whole drafts. A :class:`PathDrafter` says what may follow any path below the last
+token; which paths are followed is a tree's choice (:mod:`graphwright.runtime.speculation.trees`).
+"""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from graphwright.ir.errors import InputError
-from graphwright.runtime.speculation.tree import check_tree, children, is_chain
+from graphwright.runtime.speculation.draft import NO_DRAFT, Draft
+from graphwright.runtime.speculation.growing import Ask, grow
+from graphwright.runtime.speculation.parts import Part, Registry
+from graphwright.runtime.speculation.successors import Successors
 
 
 @dataclass(frozen=True)
-class Draft:
-    """Guessed tokens for one row, as a tree below the last committed token.
+class Generation:
+    """What a drafter knows of the generation that it drafts for.
 
-    Args:
-        tokens: N token ids.
-        parents: ``[N]`` index of each token's parent, -1 for the root; None for a chain.
-        q: ``[N, V]`` the distributions the tokens were *drawn* from, for a chain; None when the
-            drafter is deterministic given the text so far. Sampling verification is exact only if
-            this is true.
-
-    Raises:
-        InputError: the parents are not a tree, siblings repeat a token, or q came with a tree.
+    Attributes:
+        prompts: each row's tokens.
+        program: the target's program; None where drafts are replayed over a text.
+        state: its cache, which holds the prompts; None with the program.
+        capacity: tokens that a row may reach, prompt and new together.
+        sample: tokens are drawn; a drafter with a distribution may then draw as well, and say so in ``q``.
+        temperature: of the request, for drafters that want to draw alike.
+        replacement: the verifier wants siblings drawn with replacement.
     """
 
-    tokens: Sequence[int] = ()
-    parents: Sequence[int] | None = None
-    q: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.parents is not None:
-            check_tree(self.tokens, self.parents)
-            if is_chain(self.parents):
-                object.__setattr__(self, "parents", None)
-        if self.q is not None and (self.parents is not None or self.q.shape[0] != len(self.tokens)):
-            raise InputError("q needs a chain and one distribution for each of its tokens", where="Draft")
-
-    @cached_property
-    def successors(self) -> list[dict[int, int]]:
-        """For every token of the step (root first), its children as ``{token: draft index}``."""
-        if self.parents is None:
-            return [{token: index} for index, token in enumerate(self.tokens)] + [{}]
-        return children(self.tokens, self.parents)
+    prompts: Sequence[list[int]]
+    program: Any = None
+    state: Any = None
+    capacity: int = 0
+    sample: bool = False
+    temperature: float = 1.0
+    replacement: bool = False
 
 
-#: No guess: the row takes a plain step.
-NO_DRAFT = Draft()
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row's step.
+
+    Attributes:
+        tokens: what the row gained, in order; the last of them was never drafted, or ended the row.
+        draft: what was verified; :data:`NO_DRAFT` for the prompt's own logits and plain steps.
+        path: draft indices that were accepted, from the root down.
+        logits: ``[T, V]`` of the step's tokens, root first, T at least ``1 + len(draft.tokens)``: a view that
+            is good until the next step. None where drafts are replayed over a text.
+        hidden: the residual stream ``[T, H]`` before the first block and after each one, for drafters with
+            :attr:`Drafter.wants_hidden`; empty after the prompt.
+    """
+
+    tokens: Sequence[int]
+    draft: Draft = NO_DRAFT
+    path: Sequence[int] = ()
+    logits: torch.Tensor | None = None
+    hidden: Sequence[torch.Tensor] = ()
+
+    @property
+    def nodes(self) -> list[int]:
+        """The step token whose logits chose each of :attr:`tokens`."""
+        return [0, *(index + 1 for index in self.path)][: len(self.tokens)]
+
+    def chosen_logits(self) -> torch.Tensor:
+        """``[len(tokens), V]``, which chose each of :attr:`tokens`."""
+        assert self.logits is not None, "drafters that want logits say so by wants_logits"
+        return self.logits[self.nodes]
 
 
-class Drafter(ABC):
-    """Guesses tokens for the rows of one generation. Options are keyword arguments of the constructor.
+class Drafter(Part, ABC):
+    """Guesses tokens for the rows of one generation. A dataclass; its fields are its options.
 
     A drafter is used by one generation at a time; ``begin`` forgets the one before. Rows are numbered
     as in the batch throughout.
     """
 
-    #: Set by :func:`drafter`.
-    name: ClassVar[str] = ""
-    #: Ask the loop for the target's logits in :meth:`observe`.
+    #: Cannot draft without the target's logits: a text alone does not say how good it is.
     wants_logits: ClassVar[bool] = False
+    #: Ask the program for its residual stream, see :attr:`Outcome.hidden`.
+    wants_hidden: ClassVar[bool] = False
 
     @abstractmethod
-    def begin(self, prompts: list[list[int]], program: Any) -> None:
-        """Start a generation from each row's prompt tokens; ``program`` is the target's program."""
+    def begin(self, generation: Generation) -> None:
+        """Start a generation whose prompts are in the cache."""
 
     @abstractmethod
     def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
@@ -83,63 +100,69 @@ class Drafter(ABC):
         """
 
     @abstractmethod
-    def observe(self, row: int, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
-        """The row grew by ``tokens``; ``logits [len(tokens), V]`` chose them if :attr:`wants_logits`."""
+    def observe(self, row: int, outcome: Outcome) -> None:
+        """The row grew by ``outcome.tokens``. The first call follows the prompt."""
 
     def default_length(self) -> int:
         """Tokens per draft when no length rule is given."""
         return 8
 
-    def __str__(self) -> str:
-        return self.name
+
+class PathDrafter(Drafter):
+    """A drafter that can say what follows any path: a tree grows its drafts."""
+
+    @abstractmethod
+    def look(self, asked: Sequence[Ask]) -> list[Successors]:
+        """What may follow each of the step tokens asked about, one answer for each.
+
+        Called once a round for all rows: a model drafter runs one step for all of them.
+        """
+
+    def settle(self) -> None:
+        """The drafts of this cycle are complete: undo what :meth:`look` left in a cache. Default: nothing."""
+
+    def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
+        """Chains; with another tree, :func:`graphwright.runtime.speculation.growing.grow` asks directly."""
+        from graphwright.runtime.speculation.trees.chain import Chain
+
+        return [one.draft() for one in grow(Chain(), self, rows, budget, [0.0] * len(rows))]
 
 
-_DRAFTERS: dict[str, type[Drafter]] = {}
+_REGISTRY: Registry[Drafter] = Registry(
+    "drafter",
+    "graphwright.runtime.speculation.drafters",
+    "ngram or ngram(max_ngram=4)",
+    "graphwright.drafters",
+)
 _D = TypeVar("_D", bound=type[Drafter])
 
 
 def drafter(name: str) -> Callable[[_D], _D]:
-    """Register a drafter class under ``name``; its docstring's first line describes it."""
-
-    def register(cls: _D) -> _D:
-        cls.name = name
-        _DRAFTERS[name] = cls
-        return cls
-
-    return register
+    """Register a drafter's dataclass under ``name``; its docstring's first line describes it."""
+    return _REGISTRY.register(name)
 
 
-def _load_plugins() -> None:
-    for point in entry_points(group="graphwright.drafters"):
-        if point.name not in _DRAFTERS:
-            drafter(point.name)(point.load())
-
-
-def drafters() -> dict[str, str]:
+def describe_drafters() -> dict[str, str]:
     """Every drafter's name and what it is, in one line each."""
-    _load_plugins()
-    return {name: (inspect.getdoc(cls) or "").splitlines()[0] for name, cls in sorted(_DRAFTERS.items())}
+    return _REGISTRY.describe()
 
 
 def drafter_class(name: str) -> type[Drafter]:
-    """The class of the drafter ``name``.
+    """The class of the drafter ``name``, or of a text that names it.
 
     Raises:
         InputError: there is no such drafter; the nearest names are in the hint.
     """
-    known = drafters()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-        raise InputError(
-            f"there is no drafter '{name}'", where="drafter", hint=f"did you mean {', '.join(near)}?"
-        )
-    return _DRAFTERS[name]
+    return type(parse_drafter(name))
 
 
-def drafter_options(name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the offered options that the drafter ``name`` takes; none if there is no such drafter."""
-    known = inspect.signature(_DRAFTERS[name]).parameters if name in drafters() else {}
-    return {option: value for option, value in offered.items() if option in known}
+def parse_drafter(text: str) -> Drafter:
+    """A drafter from ``name(option=value)``.
+
+    Raises:
+        InputError: there is no such drafter or option; the nearest names are in the hint.
+    """
+    return _REGISTRY.parse(text)
 
 
 def make_drafter(name: str, **options: Any) -> Drafter:
@@ -148,13 +171,4 @@ def make_drafter(name: str, **options: Any) -> Drafter:
     Raises:
         InputError: there is no such drafter or option; the nearest names are in the hint.
     """
-    cls = drafter_class(name)
-    accepted = list(inspect.signature(cls).parameters)
-    wrong = sorted(set(options) - set(accepted))
-    if wrong:
-        raise InputError(
-            f"drafter '{name}' has no option {', '.join(wrong)}",
-            where=f"drafter={name}",
-            hint=f"its options are {', '.join(accepted) or 'none'}",
-        )
-    return cls(**options)
+    return _REGISTRY.make(name, **options)

@@ -19,7 +19,7 @@ from graphwright.ir.errors import InputError
 from graphwright.runtime.transfers import upload
 
 if TYPE_CHECKING:
-    from graphwright.runtime.speculation.drafter import Draft
+    from graphwright.runtime.speculation.draft import Draft
 
 #: Tokens of a step, root included, that the int64 mask of a tree can describe.
 MAX_TREE_TOKENS = 63

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from graphwright.runtime.speculation.drafter import Draft
+from graphwright.runtime.speculation.draft import Draft
+from graphwright.runtime.speculation.verifiers.sampling_rule import SamplingRule
 
 #: (logits [R, V] float32, batch rows [R], tokens each row took in this walk) -> processed scores [R, V]
 Processor = Callable[[torch.Tensor, list[int], list[list[int]]], torch.Tensor]
@@ -72,9 +73,14 @@ class Verifier(ABC):
 
     @abstractmethod
     def choose(
-        self, scores: torch.Tensor, rows: list[int], batch: int, drafts: Sequence[Draft], level: int
+        self,
+        scores: torch.Tensor,
+        rows: list[int],
+        batch: int,
+        drafts: Sequence[Draft],
+        nodes: Sequence[int],
     ) -> list[int]:
-        """The next token of each of the R rows, from its scores ``[R, V]`` at depth ``level``."""
+        """The next token of each of the R rows, from its scores ``[R, V]`` at step token ``nodes[r]``."""
 
     def verify(self, logits: torch.Tensor, drafts: Sequence[Draft], rows: list[int]) -> list[Verdict]:
         """Walk ``drafts[row]`` over ``logits[row]`` for each of ``rows``.
@@ -90,15 +96,16 @@ class Verifier(ABC):
         batch = logits.shape[0]
         verdicts = [Verdict() for _ in rows]
         successors = [drafts[row].successors if drafts[row].tokens else None for row in rows]
-        walking, nodes, level = list(range(len(rows))), [0] * len(rows), 0
+        walking, nodes = list(range(len(rows))), [0] * len(rows)
         while walking:
             at = [rows[index] for index in walking]
-            raw = self._gather(logits, at, [nodes[index] for index in walking])
+            here = [nodes[index] for index in walking]
+            raw = self._gather(logits, at, here)
             scores = raw
             if self.process is not None:
                 taken = [verdicts[index].tokens for index in walking]
                 scores = self.process(raw.clone() if self.keep_logits else raw, at, taken)
-            picks = self.choose(scores, at, batch, [drafts[row] for row in at], level)
+            picks = self.choose(scores, at, batch, [drafts[row] for row in at], here)
             onward = []
             for place, (index, token) in enumerate(zip(walking, picks, strict=True)):
                 verdict, options = verdicts[index], successors[index]
@@ -113,7 +120,7 @@ class Verifier(ABC):
                     nodes[index] = child + 1
                     if token not in self.stop:
                         onward.append(index)
-            walking, level = onward, level + 1
+            walking = onward
         return verdicts
 
     @staticmethod
@@ -129,7 +136,12 @@ class GreedyVerifier(Verifier):
     """Keeps what greedy decoding would have produced, token for token."""
 
     def choose(
-        self, scores: torch.Tensor, rows: list[int], batch: int, drafts: Sequence[Draft], level: int
+        self,
+        scores: torch.Tensor,
+        rows: list[int],
+        batch: int,
+        drafts: Sequence[Draft],
+        nodes: Sequence[int],
     ) -> list[int]:
         picks: list[int] = most_likely(scores)
         return picks
@@ -158,33 +170,52 @@ class GreedyVerifier(Verifier):
 
 
 class SamplingVerifier(Verifier):
-    """Keeps the target's distribution exactly.
+    """Keeps the target's distribution, exactly unless the rule says otherwise.
 
-    A deterministic draft (``q`` is None; chain or tree) is verified by drawing from the target and
-    following the child that was drawn: the draw itself is the target's, and no rule accepts a given
-    set of children more often. A chain drawn from ``q`` is verified by rejection: token x is kept with
-    probability min(1, p(x) / q(x)), and otherwise one is drawn from the normalized max(p - q, 0).
+    A deterministic draft (no ``q``; chain or tree) is verified by drawing from the target and following the
+    child that was drawn: the draw itself is the target's, and no rule accepts a given set of children more
+    often. Children drawn from a distribution are verified by ``rule``.
 
     Draws are made for the whole batch, as stock ``generate`` does, so that without a draft, or with one
     row, a seed gives the same tokens as stock.
 
-    Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding"; Chen et
-    al. 2023, "Accelerating Large Language Model Decoding with Speculative Sampling".
+    Args:
+        rule: for drawn drafts.
+        process, stop, keep: as for every verifier.
     """
 
+    def __init__(
+        self,
+        rule: SamplingRule,
+        process: Processor | None = None,
+        stop: Collection[int] = (),
+        **keep: bool,
+    ) -> None:
+        super().__init__(process, stop, **keep)
+        self.rule = rule
+
     def choose(
-        self, scores: torch.Tensor, rows: list[int], batch: int, drafts: Sequence[Draft], level: int
+        self,
+        scores: torch.Tensor,
+        rows: list[int],
+        batch: int,
+        drafts: Sequence[Draft],
+        nodes: Sequence[int],
     ) -> list[int]:
         probabilities = torch.softmax(scores, dim=-1)
-        drawn = [
-            place for place, draft in enumerate(drafts) if draft.q is not None and level < len(draft.tokens)
-        ]
-        picks = [0] * len(rows) if len(drawn) == len(rows) else self._draw(probabilities, rows, batch)
-        for place in drawn:
-            q = drafts[place].q
-            assert q is not None
-            picks[place] = self._reject(probabilities[place], q[level], drafts[place].tokens[level])
+        judged = [place for place in range(len(rows)) if self._judges(drafts[place], nodes[place])]
+        picks = [0] * len(rows) if len(judged) == len(rows) else self._draw(probabilities, rows, batch)
+        for place in judged:
+            draft, node, p = drafts[place], nodes[place], probabilities[place]
+            q = draft.law(node)
+            picks[place] = self.rule.pick(p, None if q is None else q.to(p), draft.drawn(node))
         return picks
+
+    def _judges(self, draft: Draft, node: int) -> bool:
+        """Whether the rule, and not a draw from the target, chooses below this step token."""
+        if not draft.tokens or not draft.successors[node]:
+            return False
+        return self.rule.judges_guesses or draft.law(node) is not None
 
     @staticmethod
     def _draw(probabilities: torch.Tensor, rows: list[int], batch: int) -> list[int]:
@@ -195,14 +226,3 @@ class SamplingVerifier(Verifier):
         whole[rows] = probabilities
         drawn: list[int] = torch.multinomial(whole, 1).squeeze(1).tolist()
         return [drawn[row] for row in rows]
-
-    @staticmethod
-    def _reject(p: torch.Tensor, q: torch.Tensor, token: int) -> int:
-        q = q.to(p)
-        keep, threshold = float(p[token]), float(torch.rand((), device=p.device)) * float(q[token])
-        if threshold < keep:
-            return token
-        residual = (p - q).clamp_(min=0.0)
-        if not bool(residual.sum() > 0):  # p == q up to rounding: rejection has probability zero
-            residual = p
-        return int(torch.multinomial(residual, 1))

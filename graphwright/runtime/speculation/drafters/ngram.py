@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from dataclasses import dataclass, field
 
 from graphwright.ir.errors import InputError
-from graphwright.runtime.speculation.drafter import NO_DRAFT, Draft, Drafter, drafter
+from graphwright.runtime.speculation.draft import NO_DRAFT, Draft
+from graphwright.runtime.speculation.drafter import Drafter, Generation, Outcome, drafter
+from graphwright.runtime.speculation.tree import MAX_TREE_TOKENS
 
 
 class NgramIndex:
@@ -57,10 +57,11 @@ class NgramIndex:
 
 
 @drafter("ngram")
+@dataclass
 class NgramDrafter(Drafter):
     """Continues the longest recent n-gram that occurred before in the same text (prompt lookup).
 
-    Args:
+    Options:
         max_ngram: longest suffix that is looked up.
         tokens: most tokens in a draft.
         min_ngram: shortest suffix that counts as a match.
@@ -68,20 +69,25 @@ class NgramDrafter(Drafter):
     Source: Saxena 2023, "Prompt Lookup Decoding"; Yang et al. 2023, "Inference with Reference".
     """
 
-    def __init__(self, max_ngram: int = 3, tokens: int = 8, min_ngram: int = 2) -> None:
-        if not 1 <= min_ngram <= max_ngram:
+    max_ngram: int = 3
+    tokens: int = MAX_TREE_TOKENS - 1
+    min_ngram: int = 2
+    _rows: list[NgramIndex] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_ngram <= self.max_ngram:
             raise InputError(
-                f"min_ngram={min_ngram} and max_ngram={max_ngram} leave no n-gram to look up",
+                f"min_ngram={self.min_ngram} and max_ngram={self.max_ngram} leave no n-gram to look up",
                 where="drafter=ngram",
                 hint="1 <= min_ngram <= max_ngram",
             )
-        if tokens < 1:
-            raise InputError(f"tokens={tokens} drafts nothing", where="drafter=ngram", hint="tokens >= 1")
-        self.max_ngram, self.min_ngram, self.tokens = max_ngram, min_ngram, tokens
-        self._rows: list[NgramIndex] = []
+        if self.tokens < 1:
+            raise InputError(
+                f"tokens={self.tokens} drafts nothing", where="drafter=ngram", hint="tokens >= 1"
+            )
 
-    def begin(self, prompts: list[list[int]], program: Any) -> None:
-        self._rows = [NgramIndex(prompt, self.min_ngram, self.max_ngram) for prompt in prompts]
+    def begin(self, generation: Generation) -> None:
+        self._rows = [NgramIndex(row, self.min_ngram, self.max_ngram) for row in generation.prompts]
 
     def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
         drafts = []
@@ -90,11 +96,8 @@ class NgramDrafter(Drafter):
             drafts.append(Draft(guess) if guess else NO_DRAFT)
         return drafts
 
-    def observe(self, row: int, tokens: Sequence[int], *, logits: torch.Tensor | None = None) -> None:
-        self._rows[row].extend(tokens)
+    def observe(self, row: int, outcome: Outcome) -> None:
+        self._rows[row].extend(outcome.tokens)
 
     def default_length(self) -> int:
-        return self.tokens
-
-    def __str__(self) -> str:
-        return f"ngram(max_ngram={self.max_ngram}, tokens={self.tokens}, min_ngram={self.min_ngram})"
+        return min(self.tokens, super().default_length())
