@@ -94,11 +94,11 @@ def _describe_costs(report: Report, planned: Planned, request: Request) -> None:
         report.costs["verify"] = describe_cost(cost, target, "verify", **place, tokens=tokens)
         drafts = {
             "acceptance": speculate.acceptance,
-            "drafts": speculate.tokens,
+            "drafts": speculate.priced_tokens,
             "hit_rate": speculate.hit_rate,
         }
         report.predicted["speculation"] = predict_speculation(
-            cost, target, speculate.acceptance, speculate.tokens, **place, hit_rate=speculate.hit_rate
+            cost, target, speculate.acceptance, speculate.priced_tokens, **place, hit_rate=speculate.hit_rate
         )
     report.costs["prefill"] = describe_cost(
         cost, target, "prefill", batch=workload.batch, context=0.0, tokens=workload.prompt

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
 from graphwright.passes.base import StepShape
-from graphwright.passes.speculate import LENGTHS, Speculate
+from graphwright.passes.speculate import Speculate
 from graphwright.runtime.model import OptimizedModel
 from graphwright.runtime.program import Program
-from graphwright.runtime.speculation import Speculation, describe_drafters, make_speculation
-from graphwright.runtime.speculation.acceptance import measure_drafts
-from graphwright.runtime.speculation.drafter import drafter_class
+from graphwright.runtime.speculation import Speculation, make_speculation
+from graphwright.runtime.speculation.acceptance import Likeliest, Text, measure_drafts
+from graphwright.runtime.speculation.drafter import drafter_classes
 
 #: Tokens that the program writes after each prompt at most, to see what drafts would have been accepted.
 CONTINUATION = 384
@@ -24,31 +25,65 @@ _WRITING_SECONDS = 10.0
 _PROMPTS, _PROMPT_TOKENS = 4, 2048
 _CONFIRM_PROMPT, _CONFIRM_TOKENS = 1024, 64
 
-Text = tuple[list[int], list[int]]
+# How much of each distribution is kept of what the program writes.
+_LIKELIEST = 8
 
 
-def measured_drafts(texts: Sequence[Text]) -> tuple[Speculate, ...]:
-    """Every drafter that needs no logits, at every length, with what it gives on the texts.
+def proposed_drafts(costs: Mapping[int, float] | None = None) -> list[Speculate]:
+    """What the planner tries: every drafter as it proposes itself.
+
+    Args:
+        costs: of a step by its tokens, relative to a plain one, for rules that weigh them; their own
+            assumption without.
+    """
+    found = [
+        Speculate(drafter=name, **proposal)
+        for name, cls in drafter_classes().items()
+        for proposal in cls.proposals
+    ]
+    return [with_costs(chosen, costs) for chosen in found] if costs else found
+
+
+def weighs_costs(chosen: Speculate) -> bool:
+    """Whether the length rule wants to know what steps take."""
+    return chosen.rule.partition("(")[0] == "goodput"
+
+
+def with_costs(chosen: Speculate, costs: Mapping[int, float]) -> Speculate:
+    """The same drafts, with these costs of a step where the length rule weighs them."""
+    if not weighs_costs(chosen):
+        return chosen
+    spelled = "+".join(f"{tokens}:{cost:.3g}" for tokens, cost in sorted(costs.items()))
+    return replace(chosen, rule=f"goodput(costs={spelled})")
+
+
+def measured_drafts(
+    texts: Sequence[Text], candidates: Sequence[Speculate] | None = None
+) -> tuple[Speculate, ...]:
+    """Drafts with what they give on the texts.
 
     Args:
         texts: prompts and what followed them.
+        candidates: what to measure; by default what the planner tries. Those that need logits are left out
+            where the texts have none.
     """
-    found: list[Speculate] = []
-    if not any(follow for _, follow in texts):
+    if not any(text.follow for text in texts):
         return ()
-    for name in describe_drafters():
-        if drafter_class(name).wants_logits:
+    with_logits = all(text.likeliest is not None for text in texts)
+    found = []
+    for chosen in proposed_drafts() if candidates is None else candidates:
+        speculation = make_speculation(chosen.options())
+        if speculation.drafter.wants_logits and not with_logits:
             continue
-        for tokens in LENGTHS:
-            rates = measure_drafts(name, texts, tokens)
-            found.append(
-                Speculate(
-                    drafter=name,
-                    tokens=tokens,
-                    acceptance=round(rates.acceptance, 3),
-                    hit_rate=round(rates.hit_rate, 3),
-                )
+        rates = measure_drafts(speculation, texts)
+        found.append(
+            replace(
+                chosen,
+                acceptance=round(rates.acceptance, 3),
+                hit_rate=round(rates.hit_rate, 3),
+                verified=min(rates.verified, chosen.tokens),
             )
+        )
     return tuple(found)
 
 
@@ -69,27 +104,37 @@ def continue_prompts(
         return []
     longest = max(map(len, rows))
     room = tokens if most is None else min(tokens, most - longest)
-    return list(zip(rows, _greedy(program, rows, longest, room), strict=True))
+    written, likeliest = _greedy(program, rows, longest, room)
+    return [Text(*text) for text in zip(rows, written, likeliest, strict=True)]
 
 
-def _greedy(program: Program, rows: list[list[int]], longest: int, tokens: int) -> list[list[int]]:
-    """At most ``tokens`` more of each row."""
+def until_end(text: Text, ends: Collection[int]) -> Text:
+    """A text up to its first end token: nobody reads what a model writes after it."""
+    last = next((at for at, token in enumerate(text.follow) if token in ends), len(text.follow))
+    return text._replace(follow=text.follow[: last + 1])
+
+
+def _greedy(
+    program: Program, rows: list[list[int]], longest: int, tokens: int
+) -> tuple[list[list[int]], list[Likeliest]]:
+    """At most ``tokens`` more of each row, and what else was likely at each of them."""
     padded = torch.zeros((len(rows), longest), dtype=torch.int64, device=program.device)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = torch.tensor(row)
     state = program.allocate(len(rows), longest + tokens)
     counts = torch.tensor([len(row) for row in rows], device=program.device)
     one = torch.ones_like(counts)
-    chosen = program.prefill(state, padded, counts).argmax(-1)
-    found = [chosen]
+    logits = program.prefill(state, padded, counts)
+    found = [logits.topk(min(_LIKELIEST, program.vocab_size))]
     started = time.perf_counter()
     while len(found) < tokens and time.perf_counter() - started < _WRITING_SECONDS:
-        logits = program.step(state, chosen[:, None], one, logits="last")[:, 0]
+        logits = program.step(state, found[-1].indices[:, :1], one, logits="last")[:, 0]
         state.commit(one)
-        chosen = logits.argmax(-1)
-        found.append(chosen)
-    written: list[list[int]] = torch.stack(found, dim=1).tolist()
-    return written
+        found.append(logits.topk(min(_LIKELIEST, program.vocab_size)))
+    ids = torch.stack([best.indices for best in found], dim=1).cpu()
+    scores = torch.stack([best.values for best in found], dim=1).cpu()
+    written: list[list[int]] = ids[:, :, 0].tolist()
+    return written, [Likeliest(*row, program.vocab_size) for row in zip(ids, scores, strict=True)]
 
 
 def measured_seconds(shape: StepShape, plain: float, verify: float, batch: int) -> float:

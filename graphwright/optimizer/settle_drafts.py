@@ -18,7 +18,11 @@ from graphwright.optimizer.drafting import (
     continue_prompts,
     measured_drafts,
     measured_seconds,
+    proposed_drafts,
     saved_seconds,
+    until_end,
+    weighs_costs,
+    with_costs,
 )
 from graphwright.optimizer.planner import Request
 from graphwright.optimizer.quantities import duration
@@ -26,6 +30,10 @@ from graphwright.optimizer.report import Decision, Status
 from graphwright.optimizer.settled import NOISE, Settled
 from graphwright.passes.base import parse_pass
 from graphwright.passes.speculate import Speculate
+from graphwright.runtime.speculation.acceptance import Text
+
+#: Tokens of the steps whose times length rules are told.
+_COSTED = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass
@@ -71,10 +79,11 @@ def settle_drafts(
     if not settled.built.graph.placeholders("state"):
         return
     chosen = drafts_of(settled.built.planned.plan.passes)
-    candidates = _candidates(settled, request, prompts, chosen)
+    texts = _texts(model, settled, request, prompts)
+    candidates = _candidates(settled, request, texts, chosen)
     if not candidates:
         return
-    race = _race(settled, request, candidates)
+    race = _race(settled, request, candidates, texts)
     if prompts and race.pays:
         program = settled.built.program
         saved = saved_seconds(model, program, race.best, prompts, request.workload.batch)
@@ -101,30 +110,67 @@ def same_drafts(one: Speculate | None, other: Speculate | None) -> bool:
     return (one and one.options()) == (other and other.options())
 
 
-def _candidates(
-    settled: Settled, request: Request, prompts: Sequence[Sequence[int]], chosen: Speculate | None
-) -> tuple[Speculate, ...]:
-    """What to weigh: drafts as the program's own continuations accept them; else what the planner assumed."""
+def _texts(
+    model: PreTrainedModel, settled: Settled, request: Request, prompts: Sequence[Sequence[int]]
+) -> list[Text]:
+    """What the program itself writes after the caller's prompts."""
+    if not prompts:
+        return []
     # As long as the workload's: what a model writes repeats itself more the longer it gets.
     tokens = min(request.workload.generate, CONTINUATION)
-    texts = continue_prompts(settled.built.program, prompts, tokens) if prompts else []
-    return measured_drafts(texts) or (() if chosen is None else (chosen,))
+    config = model.generation_config
+    ends = config.eos_token_id
+    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    texts = continue_prompts(settled.built.program, prompts, tokens)
+    return [until_end(Text(*text), ends) for text in texts]
 
 
-def _race(settled: Settled, request: Request, candidates: Sequence[Speculate]) -> _Race:
+def _candidates(
+    settled: Settled, request: Request, texts: Sequence[Text], chosen: Speculate | None
+) -> tuple[Speculate, ...]:
+    """What to weigh: drafts as the program's own continuations accept them; else what the planner assumed."""
+    if not texts:
+        return () if chosen is None else (chosen,)
+    return measured_drafts(texts, proposed_drafts(_predicted_costs(settled, request)))
+
+
+def _predicted_costs(settled: Settled, request: Request) -> dict[int, float]:
+    """A step's predicted time by its tokens, relative to a plain one."""
+    workload, cost = request.workload, graph_cost(settled.built.graph)
+
+    def seconds(tokens: int) -> float:
+        place: dict[str, Any] = {"batch": workload.batch, "context": workload.mean_context, "tokens": tokens}
+        return predict(cost, request.target, **place).seconds
+
+    plain = seconds(1)
+    return {tokens: max(1.0, seconds(tokens) / plain) for tokens in _COSTED}
+
+
+def _race(
+    settled: Settled, request: Request, candidates: Sequence[Speculate], texts: Sequence[Text]
+) -> _Race:
     workload, plain = request.workload, settled.step_seconds
     verify: dict[int, float] = {}
+
+    def step_seconds(tokens: int) -> float:
+        if tokens not in verify:
+            step = check.measure_decode(settled.built.program, workload, tokens)
+            verify[tokens] = step["seconds_per_token"]
+        return verify[tokens]
+
     seconds: dict[Speculate, float] = {}
     for candidate in candidates:
         shape = candidate.step_shape()
         # A step never takes less than a plain one: what cannot gain even so is not timed.
-        seconds[candidate] = measured_seconds(shape, plain, plain, workload.batch)
-        if seconds[candidate] >= (1 - NOISE) * plain:
+        least = measured_seconds(shape, plain, plain, workload.batch)
+        if least >= (1 - NOISE) * plain:
+            seconds[candidate] = least
             continue
-        if shape.tokens not in verify:
-            step = check.measure_decode(settled.built.program, workload, shape.tokens)
-            verify[shape.tokens] = step["seconds_per_token"]
-        seconds[candidate] = measured_seconds(shape, plain, verify[shape.tokens], workload.batch)
+        if weighs_costs(candidate) and texts:  # it drafts otherwise once it knows what steps take
+            costs = {tokens: max(1.0, step_seconds(tokens) / plain) for tokens in _COSTED}
+            (candidate,) = measured_drafts(texts, [with_costs(candidate, costs)])
+            shape = candidate.step_shape()
+        seconds[candidate] = measured_seconds(shape, plain, step_seconds(shape.tokens), workload.batch)
     best = min(seconds, key=lambda p: seconds[p])
     return _Race(plain, seconds, verify, best, seconds[best])
 
@@ -158,7 +204,7 @@ def _predicted(settled: Settled, request: Request, drafts: Speculate | None) -> 
     if drafts is None:
         return predict(cost, request.target, **place, phase="decode").seconds
     priced = predict_speculation(
-        cost, request.target, drafts.acceptance, drafts.tokens, **place, hit_rate=drafts.hit_rate
+        cost, request.target, drafts.acceptance, drafts.priced_tokens, **place, hit_rate=drafts.hit_rate
     )
     return priced["seconds_per_token"]
 

@@ -62,6 +62,7 @@ class Speculate(Pass):
             price. By default that of reference prose; the planner replaces it by what it measures.
         hit_rate: the share of cycles in which the drafter finds something, for the price; the others are
             plain steps.
+        verified: draft tokens in a step on average, for the price; 0 stands for ``tokens``.
     """
 
     name: ClassVar[str] = "speculate"
@@ -78,6 +79,7 @@ class Speculate(Pass):
     rule: str = "fixed"
     acceptance: float = PROSE_ACCEPTANCE
     hit_rate: float = 1.0
+    verified: int = 0
 
     def __post_init__(self) -> None:
         for option in PARTS:
@@ -88,13 +90,20 @@ class Speculate(Pass):
         _check_range("tokens", self.tokens, 1, MOST_TOKENS)
         _check_range("acceptance", self.acceptance, 0.0, 1.0)
         _check_range("hit_rate", self.hit_rate, 0.0, 1.0)
+        _check_range("verified", self.verified, 0, self.tokens)
 
     @classmethod
     def variants(cls) -> list[Pass]:
         return [cls(tokens=tokens) for tokens in LENGTHS]
 
     def step_shape(self) -> StepShape:
-        return StepShape(self.tokens + 1, expected_tokens(self.acceptance, self.tokens), self.hit_rate)
+        drafts = self.priced_tokens
+        return StepShape(drafts + 1, expected_tokens(self.acceptance, drafts), self.hit_rate)
+
+    @property
+    def priced_tokens(self) -> int:
+        """Draft tokens of a step, as it is priced."""
+        return self.verified or self.tokens
 
     def find(self, graph: Graph) -> list[Site]:
         return [Site("program", (), {"graph": graph})]
@@ -110,13 +119,13 @@ class Speculate(Pass):
 
     def gain(self, site: Site, workload: Workload, target: Target) -> CostDelta:
         price = predict_speculation(
-            graph_cost(site.info["graph"]), target, self.acceptance, self.tokens,
+            graph_cost(site.info["graph"]), target, self.acceptance, self.priced_tokens,
             batch=workload.batch, context=workload.mean_context, hit_rate=self.hit_rate,
         )  # fmt: skip
         hits = "" if self.hit_rate == 1 else f" in {self.hit_rate:.0%} of the cycles"
         note = (
             f"{price['tokens_per_cycle']:.2f} tokens a cycle at acceptance {self.acceptance:g}{hits}; "
-            f"a step with {self.tokens + 1} tokens takes {price['verify_seconds'] * 1e3:.3g} ms, one with a "
+            f"a step with {self.priced_tokens + 1} tokens takes {price['verify_seconds'] * 1e3:.3g} ms, one with a "
             f"single token {price['decode_seconds'] * 1e3:.3g} ms: {price['speedup']:.2f}x"
         )
         return CostDelta(price["seconds_per_token"] - price["decode_seconds"], 0.0, note)
@@ -127,7 +136,7 @@ class Speculate(Pass):
     def options(self) -> dict[str, Any]:
         """What the runtime needs to know, as plain data."""
         chosen = dataclasses.asdict(self)
-        for price in ("acceptance", "hit_rate", "layers"):  # a matter of price, not of what runs
+        for price in ("acceptance", "hit_rate", "verified", "layers"):  # a matter of price, not of what runs
             del chosen[price]
         return chosen
 

@@ -14,7 +14,14 @@ from graphwright.cost_model.workload import Workload
 from graphwright.ir.errors import InputError, PassError
 from graphwright.passes.base import parse_pass
 from graphwright.passes.speculate import MOST_TOKENS, Speculate
-from graphwright.runtime.speculation import Generation, Outcome, make_drafter, make_speculation
+from graphwright.runtime.speculation import (
+    FixedLength,
+    Generation,
+    Outcome,
+    Speculation,
+    make_drafter,
+    make_speculation,
+)
 from graphwright.runtime.speculation.acceptance import DraftRates, halves, measure_drafts
 from graphwright.runtime.speculation.draft import NO_DRAFT, Draft
 from graphwright.runtime.speculation.drafter import _REGISTRY, Drafter
@@ -155,7 +162,8 @@ def _known() -> Iterator[None]:
 
 def rates(drafter: str, rows: Sequence[Sequence[int]], tokens: int, **options: Any) -> DraftRates:
     """What a drafter gives on the second halves of texts."""
-    return measure_drafts(drafter, halves(rows), tokens, **options)
+    speculation = Speculation(make_drafter(drafter, **options), FixedLength(tokens), tokens=tokens)
+    return measure_drafts(speculation, halves(rows))
 
 
 def test_every_second_guess_is_right() -> None:
@@ -189,7 +197,9 @@ def test_ngrams_on_text_that_repeats_and_text_that_does_not() -> None:
 def test_the_price_gives_back_what_was_measured(rows: list[list[int]], tokens: int, max_ngram: int) -> None:
     found = rates("ngram", rows, tokens, max_ngram=max_ngram)
     assert 0.0 <= found.acceptance <= 1.0
-    priced = Speculate(tokens=tokens, acceptance=found.acceptance, hit_rate=found.hit_rate).step_shape()
+    priced = Speculate(
+        tokens=tokens, acceptance=found.acceptance, hit_rate=found.hit_rate, verified=found.verified
+    ).step_shape()
     assert priced.tokens_per_step == pytest.approx(found.tokens_per_cycle)
 
 

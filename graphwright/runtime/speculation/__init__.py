@@ -40,8 +40,8 @@ class Speculation:
         tokens: most tokens in a draft, whatever the rule says.
 
     Raises:
-        InputError: the drafter guesses one path only, or the verifier verifies one only, and the tree has
-            several.
+        InputError: no tokens to draft; the drafter guesses one path only, or the verifier verifies one only,
+            and the tree has several.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class Speculation:
         verifier: SamplingRule | None = None,
         tokens: int = MAX_TREE_TOKENS - 1,
     ) -> None:
+        if tokens < 1:
+            raise InputError(f"tokens={tokens} drafts nothing", where="Speculation", hint="tokens >= 1")
         self.drafter = drafter
         self.rule = FixedLength(drafter.default_length()) if rule is None else rule
         self.tree = Chain() if tree is None else tree

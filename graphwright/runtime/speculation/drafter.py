@@ -7,7 +7,7 @@ token; which paths are followed is a tree's choice (:mod:`graphwright.runtime.sp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -84,6 +84,8 @@ class Drafter(Part, ABC):
     wants_logits: ClassVar[bool] = False
     #: Ask the program for its residual stream, see :attr:`Outcome.hidden`.
     wants_hidden: ClassVar[bool] = False
+    #: How the planner tries it: options of ``speculate`` beside the drafter. By default not at all.
+    proposals: ClassVar[Sequence[Mapping[str, Any]]] = ()
 
     @abstractmethod
     def begin(self, generation: Generation) -> None:
@@ -147,13 +149,9 @@ def describe_drafters() -> dict[str, str]:
     return _REGISTRY.describe()
 
 
-def drafter_class(name: str) -> type[Drafter]:
-    """The class of the drafter ``name``, or of a text that names it.
-
-    Raises:
-        InputError: there is no such drafter; the nearest names are in the hint.
-    """
-    return type(parse_drafter(name))
+def drafter_classes() -> dict[str, type[Drafter]]:
+    """Every drafter's class by name."""
+    return dict(sorted(_REGISTRY.classes().items()))
 
 
 def parse_drafter(text: str) -> Drafter:

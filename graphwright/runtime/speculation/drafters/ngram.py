@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from graphwright.ir.errors import InputError
 from graphwright.runtime.speculation.draft import NO_DRAFT, Draft
@@ -68,6 +69,8 @@ class NgramDrafter(Drafter):
 
     Source: Saxena 2023, "Prompt Lookup Decoding"; Yang et al. 2023, "Inference with Reference".
     """
+
+    proposals: ClassVar[Sequence[Mapping[str, Any]]] = tuple({"tokens": n} for n in (2, 4, 8, 16))
 
     max_ngram: int = 3
     tokens: int = MAX_TREE_TOKENS - 1
