@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch.fx.node import Node
 
+from graphwright.cost_model import depth_costs as _depth_costs  # noqa: F401  registers its rules
 from graphwright.cost_model import prefill_costs as _prefill_costs  # noqa: F401  registers its rule
 from graphwright.cost_model import prefix_costs as _prefix_costs  # noqa: F401  registers its rule
 from graphwright.cost_model import sparse_costs as _sparse_costs  # noqa: F401  registers its rules

@@ -1,10 +1,10 @@
 """The decoder's blocks: what each layer, its attention and its feed-forward part add to the residual stream.
 
 The residual stream is the chain of nodes that every path from the token ids to the logits passes through (the
-dominators of the logits), as far as they have its shape ``[B, T, H]``. A layer's nodes on that chain are where
-its branches join the stream again: two of them if attention and feed-forward follow each other (Llama), one if
-they read the same input (GPT-NeoX). Nothing here knows a model's class; layers are told apart by the number in
-their module path.
+dominators of the logits), as far as they have its shape ``[B, T, H]``. Where a layer's branches join the
+stream again tells its halves apart: they join twice if attention and feed-forward follow each other (Llama),
+once if both read the same input (GPT-NeoX). Nothing here knows a model's class; a node's layer is the number
+in its module path.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from graphwright.ir.graph import Graph, is_impure, is_tensor, layer_number, modu
 Part = Literal["whole", "attention", "mlp"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-_ATTENTIONS = ("attention", "cache_attention", "prefix_attention", "prefill_attention")
 _ADD = "aten.add.Tensor"
 
 
@@ -34,8 +33,8 @@ class Block:
         layer: its number in the module paths.
         part: the whole layer, or one of its halves.
         path: the layer's module path, ``model.layers.3``.
-        entry, exit: nodes ``[B, T, H]`` of the stream before and after. Of a half that reads the same input as
-            the other one, those of the whole layer.
+        entry, exit: nodes ``[B, T, H]`` of the stream before and after. Of a half that reads the same input
+            as the other one, those of the whole layer.
         contribution: of such a half, what it adds to the stream ``[B, T, H]``; otherwise None.
     """
 
@@ -111,6 +110,9 @@ def find_blocks(graph: Graph) -> Blocks:
 def skip_blocks(graph: Graph, blocks: Iterable[Block], skipped: dict[Node, Node] | None = None) -> None:
     """Leave blocks out; what nothing reads any more goes, what the layers would have stored included.
 
+    A store stays, and is written, where other layers take the number of slots from it (caches of which keys
+    are computed again): skip before the cache is placed.
+
     Args:
         graph: with these blocks; unused placeholders stay (``drop_unused_placeholders``).
         blocks: of one :func:`find_blocks`, in any order; a layer at most as a whole or in its halves.
@@ -127,9 +129,9 @@ def skip_blocks(graph: Graph, blocks: Iterable[Block], skipped: dict[Node, Node]
     after = live_nodes(graph)
     gone = before - after
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and is_impure(node) and node not in after:
-            if node in gone or any(n in gone for n in node.all_input_nodes):
-                graph.fx.erase_node(node)
+        unread = node.op == "call_function" and is_impure(node) and node not in after
+        if unread and not gone.isdisjoint((node, *node.all_input_nodes)):
+            graph.fx.erase_node(node)
     graph.eliminate_dead_code()
 
 
@@ -178,7 +180,8 @@ class _Finder:
 
     def __init__(self, graph: Graph, flow: nx.DiGraph, dominators: Mapping[Node, Node]) -> None:
         self._flow, self._dominators = flow, dominators
-        self._attentions = graph.calls(*_ATTENTIONS)
+        # Of whatever form and provider: ``cache_attention``, ``packed_attention``.
+        self._attentions = [n for n in graph.nodes if "attention" in (op_name(n) or "")]
         self._tokens = tuple(map(str, value(graph.placeholder("input_ids")).shape))
 
     def stretch(self, chain: Sequence[Node], first: int) -> list[Node]:

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from graphwright.ir.errors import InputError
 from graphwright.ir.graph import Graph, value
+from graphwright.optimizer.draft_program import draft_graph
 from graphwright.optimizer.planner import Planned
 from graphwright.optimizer.report import Decision, Status
 from graphwright.passes.base import parse_pass
-from graphwright.runtime.lowering import LoweredStep, LoweringOptions, lower
+from graphwright.runtime.lowering import LoweredStep, LoweringOptions, Made, lower
 from graphwright.runtime.program import Program
-from graphwright.runtime.speculation import Speculation, make_speculation
 
 
 @dataclass
@@ -52,8 +52,23 @@ class Built:
 
 def build(model: PreTrainedModel, planned: Planned) -> Built:
     """Lower a plan's graph over the model's weights."""
-    step, fallbacks = lower_planned(planned.graph, model.device)
-    return Built(planned, make_program(model, planned.graph, step), fallbacks)
+    program, fallbacks = build_program(model, planned.graph)
+    return Built(planned, program, fallbacks)
+
+
+def build_program(model: PreTrainedModel, graph: Graph) -> tuple[Program, list[Decision]]:
+    """A plan's graph as a program, with its draft program if it drafts with one; and what fell back.
+
+    Raises:
+        PassError: the drafter cannot make its draft program of this graph.
+    """
+    drafts = draft_graph(graph)
+    made = Made()
+    step, fallbacks = lower_planned(graph, model.device, made)
+    if drafts is None:
+        return make_program(model, graph, step), fallbacks
+    draft, more = lower_planned(drafts.graph, model.device, made)
+    return make_program(model, graph, step, draft), fallbacks + more
 
 
 def build_kernels(device: torch.device) -> None:
@@ -64,21 +79,25 @@ def build_kernels(device: torch.device) -> None:
         available()
 
 
-def lower_planned(graph: Graph, device: torch.device) -> tuple[LoweredStep, list[Decision]]:
+def lower_planned(
+    graph: Graph, device: torch.device, made: Made | None = None
+) -> tuple[LoweredStep, list[Decision]]:
     """Lower with Inductor if the plan says so; without a working compiler, op by op, and say so."""
     wanted = bool(graph.annotations.get("compile"))
     try:
-        return lower(graph, device, LoweringOptions(compile=wanted)), []
+        return lower(graph, device, LoweringOptions(compile=wanted), made=made), []
     except Exception as error:
         if not wanted:
             raise
         reason = f"Inductor failed, the program runs op by op: {str(error).strip().splitlines()[0][:200]}"
-        step = lower(graph, device, LoweringOptions(compile=False))
+        step = lower(graph, device, LoweringOptions(compile=False), made=made)
         return step, [Decision("compile_layers", "", Status.FALLBACK, reason, None, None, "reordered")]
 
 
-def make_program(model: PreTrainedModel, graph: Graph, step: LoweredStep) -> Program:
-    """The runnable program of a lowered graph."""
+def make_program(
+    model: PreTrainedModel, graph: Graph, step: LoweredStep, draft: LoweredStep | None = None
+) -> Program:
+    """The runnable program of a lowered graph, with another one to draft with."""
     logits = graph.output.args[0]
     first = logits[0] if isinstance(logits, tuple | list) else logits
     assert isinstance(first, torch.fx.Node)
@@ -89,18 +108,15 @@ def make_program(model: PreTrainedModel, graph: Graph, step: LoweredStep) -> Pro
         dtype=value(first).dtype,
         vocab_size=vocabulary(graph),
         max_positions=max_positions(model.config),
+        draft=draft,
     )
 
 
 def op_by_op(model: PreTrainedModel, graph: Graph) -> Program:
-    """The graph's program without compiling anything: for measuring what it computes, not its speed."""
-    return make_program(model, graph, lower(graph, model.device, LoweringOptions(compile=False)))
-
-
-def speculation_of(graph: Graph) -> Speculation | None:
-    """The drafter that the plan put into the graph's annotations."""
-    chosen = graph.annotations.get("speculation")
-    return None if chosen is None else make_speculation(chosen)
+    """:func:`build_program` without compiling anything: for measuring what it computes, not its speed."""
+    plain = graph.copy()
+    plain.annotations["compile"] = False
+    return build_program(model, plain)[0]
 
 
 def vocabulary(graph: Graph) -> int:

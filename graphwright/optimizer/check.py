@@ -94,6 +94,7 @@ def measure_decode(program: Program, workload: Workload, tokens: int = 1) -> dic
     shared = prefix_for(program.shared_prefix, workload.batch, context + 1)
     state = program.allocate(workload.batch, capacity, shared)
     state.pretend(context)
+    state.end_prompt([min(context, workload.prompt)] * workload.batch)
     ids = torch.zeros((workload.batch, tokens), dtype=torch.int64, device=program.device)
     counts = torch.full((workload.batch,), tokens, dtype=torch.int64, device=program.device)
     wanted: Literal["last", "all"] = "last" if tokens == 1 else "all"
@@ -133,6 +134,7 @@ def _context(program: Program, workload: Workload, tokens: int = 1) -> int:
 
 def _steps(program: Program, ids: torch.Tensor):  # type: ignore[no-untyped-def]
     state = program.allocate(ids.shape[0], ids.shape[1])
+    state.end_prompt([min(_STEP, ids.shape[1])] * ids.shape[0])
     for start in range(0, ids.shape[1], _STEP):
         chunk = ids[:, start : start + _STEP]
         counts = torch.full((ids.shape[0],), chunk.shape[1], dtype=torch.int64, device=ids.device)

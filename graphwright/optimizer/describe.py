@@ -96,10 +96,9 @@ def _describe_costs(report: Report, planned: Planned, request: Request) -> None:
             "acceptance": speculate.acceptance,
             "drafts": speculate.priced_tokens,
             "hit_rate": speculate.hit_rate,
+            "draft_seconds": _draft_seconds(planned, speculate, request),
         }
-        report.predicted["speculation"] = predict_speculation(
-            cost, target, speculate.acceptance, speculate.priced_tokens, **place, hit_rate=speculate.hit_rate
-        )
+        report.predicted["speculation"] = predict_speculation(cost, target, **drafts, **place)
     report.costs["prefill"] = describe_cost(
         cost, target, "prefill", batch=workload.batch, context=0.0, tokens=workload.prompt
     )
@@ -125,6 +124,13 @@ def _describe_costs(report: Report, planned: Planned, request: Request) -> None:
         memory=planned.predicted["memory"],
         **drafts,
     )
+
+
+def _draft_seconds(planned: Planned, speculate: Speculate, request: Request) -> float:
+    """Predicted, of a cycle's drafts; 0 where no program makes them."""
+    if planned.draft is None:
+        return 0.0
+    return planned.draft.seconds(speculate.priced_tokens, request.workload, request.target)
 
 
 def without_speculation(passes: Sequence[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -148,10 +149,22 @@ def measured_seconds(shape: StepShape, plain: float, verify: float, batch: int) 
     return (drafting * (verify + shape.draft_seconds) + (1 - drafting) * plain) / shape.tokens_per_step
 
 
-def saved_seconds(
+class Tried(NamedTuple):
+    """Drafts in a program that really generates.
+
+    Attributes:
+        saved: seconds per token, the host's work included.
+        stats: counters of the drafted call, as ``OptimizedModel.stats()`` gives them.
+    """
+
+    saved: float
+    stats: dict[str, Any]
+
+
+def try_drafts(
     model: PreTrainedModel, program: Program, drafts: Speculate, prompts: Sequence[Sequence[int]], batch: int
-) -> float:
-    """Seconds per token that drafts save when the program really generates: the host's work is in it.
+) -> Tried:
+    """Generate with and without drafts.
 
     Both sides generate from the same prompts, greedily and without end tokens; what they share cancels.
     """
@@ -162,16 +175,16 @@ def saved_seconds(
         tokens = min(tokens, program.max_positions - width)
     ids = torch.tensor([row[-width:] for row in rows], device=program.device)
 
-    def seconds(speculation: Speculation | None) -> float:
+    def generate(speculation: Speculation | None) -> tuple[float, dict[str, Any]]:
         config = copy.deepcopy(model.generation_config)
         config.eos_token_id = None
         fast = OptimizedModel(program, config=model.config, generation_config=config, speculation=speculation)
         started = time.perf_counter()
         fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, fast.stats()["last"]
 
     chosen = make_speculation(drafts.options())
-    seconds(None)  # the first call of a program pays for what later ones find warm
-    plain, drafted = seconds(None), seconds(chosen)
-    drafted, plain = drafted + seconds(chosen), plain + seconds(None)  # neither side always comes first
-    return (plain - drafted) / (2 * tokens)
+    generate(None)  # the first call of a program pays for what later ones find warm
+    sides = (None, chosen, chosen, None)  # neither side always comes first
+    (plain, _), (drafted, _), (again, stats), (last, _) = map(generate, sides)
+    return Tried((plain + last - drafted - again) / (2 * tokens), stats)

@@ -15,17 +15,11 @@ from graphwright.ir.errors import UnsupportedModelError
 from graphwright.ir.graph import Graph
 from graphwright.ir.printer import to_python
 from graphwright.optimizer import check, machine
-from graphwright.optimizer.build import (
-    Built,
-    build,
-    build_kernels,
-    max_positions,
-    op_by_op,
-    speculation_of,
-)
+from graphwright.optimizer.build import Built, build, build_kernels, max_positions, op_by_op
 from graphwright.optimizer.calibration import machine_target
 from graphwright.optimizer.compiled_kernels import CompiledKernels, compile_kernels
 from graphwright.optimizer.describe import chosen_plan, describe
+from graphwright.optimizer.draft_models import check_draft_models, ready_speculation
 from graphwright.optimizer.drafting import measured_drafts
 from graphwright.optimizer.graph_cache import cached_capture
 from graphwright.optimizer.loss import Losses
@@ -76,6 +70,7 @@ def optimize(
     with progress.step("checking the model"):
         check_runnable(model)
         given = None if passes is None else [parse_pass(p) for p in passes]
+        check_draft_models(given or ())
     with progress.step("measuring this machine, once"):
         machine_figures = machine_target(target)
     with progress.step("capturing the graph"):
@@ -94,6 +89,7 @@ def optimize(
         measured = job.check(built)
     with progress.step("measuring the plan"):
         settled = job.settle(built, measured) if given is None else job.measure(built, measured)
+    speculation = ready_speculation(settled.built.graph, settled.built.program, model)
     compiled = compile_kernels(model, settled.built.graph, job.request, progress)
     report = write_report(job, settled, measured, notes, decisions, compiled)
     report.measured["seconds"] = {key: round(took, 3) for key, took in progress.seconds.items()}
@@ -101,7 +97,7 @@ def optimize(
         settled.built.program,
         config=model.config,
         generation_config=model.generation_config,
-        speculation=speculation_of(settled.built.graph),
+        speculation=speculation,
         plan=settled.built.planned.plan,
         report=report,
         graph=settled.built.graph,
@@ -252,7 +248,7 @@ def write_report(
     report.measured["memory"] = {
         "cache_bytes": report.measured["decode"].pop("cache_bytes"),
         "weights_bytes": weights_bytes(built.graph),
-        "prepared_bytes": built.program.lowered.prepared_bytes,
+        "prepared_bytes": built.program.prepared_bytes,
     }
     if compiled is not None:
         report.compiled = compiled.to_report()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from graphwright.ir.graph import Graph
@@ -13,8 +14,10 @@ from graphwright.optimizer.compiled_kernels import CompiledKernels
 from graphwright.optimizer.planner import Plan
 from graphwright.optimizer.report import Report
 from graphwright.runtime import model as runtime
+from graphwright.runtime.decoding.protocol import DecodingProgram
 from graphwright.runtime.program import Program
 from graphwright.runtime.speculation import Speculation
+from graphwright.runtime.speculation.draft_model import NeedsModel
 
 
 def weights_bytes(graph: Graph, among: Container[int] | None = None) -> int:
@@ -23,8 +26,13 @@ def weights_bytes(graph: Graph, among: Container[int] | None = None) -> int:
     Args:
         among: addresses of the storages that count; None for all.
     """
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in graph.parameters.values()}
-    return sum(s.nbytes() for address, s in storages.items() if among is None or address in among)
+    return _storage_bytes(graph.parameters.values(), among)
+
+
+def _storage_bytes(held: Iterable[Any], among: Container[int] | None = None) -> int:
+    storages = [t.untyped_storage() for t in held if isinstance(t, torch.Tensor)]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for address, size in sizes.items() if among is None or address in among)
 
 
 class OptimizedModel(runtime.OptimizedModel):
@@ -68,14 +76,23 @@ class OptimizedModel(runtime.OptimizedModel):
             }
         return self._report
 
+    def _assistant_program(self, assistant: Any) -> DecodingProgram:
+        """Of a transformers model: compiled when it first assists, and kept for as long as it lives."""
+        if isinstance(assistant, PreTrainedModel):
+            from graphwright.optimizer.draft_models import draft_program  # which makes objects of this class
+
+            return draft_program(assistant)
+        return super()._assistant_program(assistant)
+
     def memory(self) -> dict[str, int]:
         """Resident bytes by kind, from the real buffers.
 
         Returns:
             ``weights`` (shared with the stock model), ``tables`` (rotations, codebooks and maps that passes
             made), ``prepared`` (matrices laid out for the kernels), ``cache`` (of the generations alive
-            now) and ``total``. Of a packed cache also the parts of ``cache``: ``cache.pages``,
-            ``cache.tail`` and ``cache.first`` (tokens kept as they are), ``cache.stores`` (not packed).
+            now), ``draft_model`` (all of these of a second model, if one drafts) and ``total``. Of a packed
+            cache also the parts of ``cache``: ``cache.pages``, ``cache.tail`` and ``cache.first`` (tokens
+            kept as they are), ``cache.stores`` (not packed).
         """
         own = {t.untyped_storage().data_ptr() for t in (*self.stock.parameters(), *self.stock.buffers())}
         held = weights_bytes(self.graph)
@@ -83,11 +100,20 @@ class OptimizedModel(runtime.OptimizedModel):
         kinds = {
             "weights": weights,
             "tables": held - weights,
-            "prepared": self.program.lowered.prepared_bytes,
+            "prepared": self.program.prepared_bytes,
             "cache": self.program.cache_bytes(),
         }
+        draft = self._second_program()
+        if draft is not None:
+            kinds["draft_model"] = _storage_bytes(draft.lowered.slots) + draft.cache_bytes()
         parts = {f"cache.{part}": held for part, held in self.program.cache_parts().items()}
         return {**kinds, **parts, "total": sum(kinds.values())}
+
+    def _second_program(self) -> Program | None:
+        """The program of the second model that the plan drafts with, if it does."""
+        drafter = None if self.speculation is None else self.speculation.drafter
+        given = drafter.given if isinstance(drafter, NeedsModel) else None
+        return given.program if given is not None and isinstance(given.program, Program) else None
 
     def save(self, directory: str | Path) -> None:
         """Write the plan, the graph, the report and compiled kernels for ``graphwright.load``.

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from graphwright.cost_model.workload import Budget, Workload
 from graphwright.ir.errors import PlanError
-from graphwright.optimizer.build import build_kernels, lower_planned, make_program, speculation_of
+from graphwright.optimizer.build import build_kernels, build_program
+from graphwright.optimizer.draft_models import ready_speculation
 from graphwright.optimizer.optimized import OptimizedModel
 from graphwright.optimizer.planner import Plan
 from graphwright.optimizer.progress import Progress
@@ -70,15 +71,15 @@ def load(directory: str | Path, model: PreTrainedModel) -> OptimizedModel:
         build_kernels(model.device)
     fallbacks = install_kernels(saved.kernels, str(directory))
     with progress.step("lowering"):
-        step, more = lower_planned(graph, model.device)
+        program, more = build_program(model, graph)
     report = Report.from_json(saved.report_json, where=str(directory))
     report.decisions += [*fallbacks, *more]
     report.measured["seconds"] = {key: round(took, 3) for key, took in progress.seconds.items()}
     return OptimizedModel(
-        make_program(model, graph, step),
+        program,
         config=model.config,
         generation_config=model.generation_config,
-        speculation=speculation_of(graph),
+        speculation=ready_speculation(graph, program, model),
         plan=_plan(saved),
         report=report,
         graph=graph,

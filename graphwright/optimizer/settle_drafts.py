@@ -15,11 +15,12 @@ from graphwright.optimizer import check
 from graphwright.optimizer.describe import drafts_of, without_speculation
 from graphwright.optimizer.drafting import (
     CONTINUATION,
+    Tried,
     continue_prompts,
     measured_drafts,
     measured_seconds,
     proposed_drafts,
-    saved_seconds,
+    try_drafts,
     until_end,
     weighs_costs,
     with_costs,
@@ -47,7 +48,7 @@ class _Race:
         verify: measured seconds of a step, by its tokens.
         best: the draft that takes least.
         per_token: what it takes, by generating where that was tried.
-        generated: whether it was.
+        tried: how that went.
     """
 
     plain: float
@@ -55,7 +56,7 @@ class _Race:
     verify: dict[int, float]
     best: Speculate
     per_token: float
-    generated: bool = False
+    tried: Tried | None = None
 
     @property
     def pays(self) -> bool:
@@ -86,8 +87,8 @@ def settle_drafts(
     race = _race(settled, request, candidates, texts)
     if prompts and race.pays:
         program = settled.built.program
-        saved = saved_seconds(model, program, race.best, prompts, request.workload.batch)
-        race.per_token, race.generated = race.plain - saved, True
+        race.tried = try_drafts(model, program, race.best, prompts, request.workload.batch)
+        race.per_token = race.plain - race.tried.saved
     if chosen is not None:
         settled.times[settled.built.planned.plan.passes] = race.of(chosen)
         if not (race.pays and same_drafts(chosen, race.best)):
@@ -101,6 +102,7 @@ def settle_drafts(
             "tokens_per_cycle": shape.tokens_per_step,
             "seconds_per_token": race.per_token,
             "speedup": race.plain / race.per_token,
+            **({} if race.tried is None else {"stats": race.tried.stats}),
         }
     _draft_with(settled, request, chosen, race)
 
@@ -224,7 +226,7 @@ def _undone(chosen: Speculate, race: _Race) -> Decision:
         against = f"{duration(race.per_token)} with {race.best}"
     else:
         against = f"{duration(race.plain)} without"
-    if race.generated and not race.pays:
+    if race.tried is not None and not race.pays:
         found = f"generating with {race.best} takes {duration(race.per_token)} a token"
     elif shape.tokens in race.verify:
         found = f"{shape.tokens_per_step:.2f} tokens a step take {duration(took)} a token"

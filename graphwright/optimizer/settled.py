@@ -26,7 +26,7 @@ class Settled:
     """
 
     built: Built
-    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     times: dict[tuple[str, ...], float] = field(default_factory=dict)
@@ -34,9 +34,9 @@ class Settled:
     @property
     def step_seconds(self) -> float:
         """Measured, of a step of one token."""
-        return self.measured["decode"]["seconds_per_token"]
+        return float(self.measured["decode"]["seconds_per_token"])
 
     @property
     def seconds_per_token(self) -> float:
         """Measured, with drafts where they stayed."""
-        return (self.measured.get("speculation") or self.measured["decode"])["seconds_per_token"]
+        return float((self.measured.get("speculation") or self.measured["decode"])["seconds_per_token"])

@@ -233,12 +233,16 @@ def new_size(graph: Graph, hint: int) -> Any:
     return graph.fake_mode.from_tensor(torch.empty(hint), symbolic_context=context).shape[0]
 
 
-def add_store(graph: Graph, name: str, groups: int, features: int, like: torch.Tensor, window: int) -> Node:
-    """A state placeholder ``[B, G, S, D]``; stores with the same window share the symbol S."""
+def store_slots(graph: Graph, window: int) -> Any:
+    """The symbol for the slots of stores with this window."""
     plain = [n for n in graph.placeholders("state") if n.meta["window"] == window and "store" not in n.meta]
     slots = next((value(n).shape[2] for n in plain), None)
-    if slots is None:
-        slots = new_size(graph, 37 + window)
+    return new_size(graph, 37 + window) if slots is None else slots
+
+
+def add_store(graph: Graph, name: str, groups: int, features: int, like: torch.Tensor, window: int) -> Node:
+    """A state placeholder ``[B, G, S, D]``; stores with the same window share the symbol S."""
+    slots = store_slots(graph, window)
     with graph.fake_mode:
         fake = torch.empty((like.shape[0], groups, slots, features), dtype=like.dtype, device=like.device)
     store = graph.add_placeholder("state", name, fake)

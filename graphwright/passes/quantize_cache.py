@@ -52,6 +52,7 @@ class QuantizeCache(Pass):
     summary: ClassVar[str] = "pack the cache: fewer bits for each number it stores"
     fidelity: ClassVar[Fidelity] = "lossy"
     requires: ClassVar[frozenset[str]] = frozenset({"cache"})
+    follows: ClassVar[frozenset[str]] = frozenset({"slide_attention"})
 
     codec: str = "combined"
     bits: int = 0

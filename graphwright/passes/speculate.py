@@ -18,6 +18,7 @@ from graphwright.cost_model.target import Target
 from graphwright.cost_model.workload import Workload
 from graphwright.ir.errors import PassError
 from graphwright.ir.graph import Graph
+from graphwright.ir.speculation import LOSSY_VERIFIERS
 from graphwright.passes.base import (
     CostDelta,
     Fidelity,
@@ -56,7 +57,7 @@ class Speculate(Pass):
         tokens: most tokens in a draft, 1 to 62.
         tree: which guesses are verified together: ``chain`` is one path.
         verifier: how drafts that were drawn are verified when sampling; ``auto`` is the recursive rule.
-            Greedy decoding compares with the most likely token.
+            Greedy decoding compares with the most likely token. ``typical`` makes the pass lossy.
         rule: how many tokens: ``fixed`` drafts ``tokens`` every time.
         acceptance: the probability that a draft token is accepted if those before it were, for the
             price. By default that of reference prose; the planner replaces it by what it measures.
@@ -87,6 +88,8 @@ class Speculate(Pass):
                 raise PassError(
                     f"{getattr(self, option)!r} is not a {option}", hint=f"write {option}=name(option=value)"
                 )
+        if self.verifier.partition("(")[0] in LOSSY_VERIFIERS:
+            object.__setattr__(self, "fidelity", "lossy")
         _check_range("tokens", self.tokens, 1, MOST_TOKENS)
         _check_range("acceptance", self.acceptance, 0.0, 1.0)
         _check_range("hit_rate", self.hit_rate, 0.0, 1.0)
@@ -114,13 +117,26 @@ class Speculate(Pass):
             return Verdict(False, f"the program speculates already, with {graph.annotations['speculation']}")
         if not graph.placeholders("state"):
             return Verdict(False, "there is no cache: refused tokens could not be rolled back")
-        drafts = f"{self.drafter} drafts up to {self.tokens} tokens"
-        return Verdict(True, f"{drafts}; refused ones are rolled back")
+        return Verdict(True, self.promise)
+
+    @property
+    def promise(self) -> str:
+        """What it does, in words."""
+        drafts = f"{self.drafter} drafts up to {self.tokens} tokens; refused ones are rolled back"
+        if self.fidelity != "lossy":
+            return drafts
+        return (
+            f"{drafts}; logits and greedy decoding are exact, but {self.verifier} chooses sampled tokens by "
+            "another law, which no loss measured on logits shows"
+        )
 
     def gain(self, site: Site, workload: Workload, target: Target) -> CostDelta:
+        """Drafts are free, unless ``site.info["draft_seconds"]`` says what those of a cycle take."""
+        drafting = site.info.get("draft_seconds", 0.0)
         price = predict_speculation(
             graph_cost(site.info["graph"]), target, self.acceptance, self.priced_tokens,
             batch=workload.batch, context=workload.mean_context, hit_rate=self.hit_rate,
+            draft_seconds=drafting,
         )  # fmt: skip
         hits = "" if self.hit_rate == 1 else f" in {self.hit_rate:.0%} of the cycles"
         note = (
@@ -141,9 +157,10 @@ class Speculate(Pass):
         return chosen
 
     def __str__(self) -> str:
-        rest = super().__str__().removeprefix(self.name).strip("{}")
-        others = [item for item in rest.split(",") if item and not item.startswith("drafter=")]
-        return f"{self.name}{{{','.join([f'drafter={self.drafter}', *others])}}}"
+        changed = super().__str__().removeprefix(self.name).strip("{}")
+        if not changed.startswith("drafter="):  # it is shown even where it is the default
+            changed = ",".join(filter(None, (f"drafter={self.drafter}", changed)))
+        return f"{self.name}{{{changed}}}"
 
 
 def _check_range(option: str, given: float, low: float, high: float) -> None:

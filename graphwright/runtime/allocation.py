@@ -28,16 +28,21 @@ class Allocator:
     Args:
         step: the lowered graph.
         device: where the caches live.
+        draft: another lowered graph over the same caches, which hold what it reads besides.
 
     Attributes:
+        packed, summaries: what committing tokens writes.
         windows: of each state that tokens are appended to.
         shared_prefix: tokens that rows are promised to share; 0: whatever they do; None: nothing is shared.
         prefixes: by the name of a store, the state that holds what all rows share of it.
     """
 
-    def __init__(self, step: LoweredStep, device: torch.device) -> None:
-        self._step, self._device = step, device
-        nodes = step.state_nodes
+    def __init__(self, step: LoweredStep, device: torch.device, draft: LoweredStep | None = None) -> None:
+        self._device = device
+        own = {layout.name for layout in step.summaries}
+        more = [] if draft is None else [layout for layout in draft.summaries if layout.name not in own]
+        self.packed, self.summaries = tuple(step.packed), (*step.summaries, *more)
+        nodes = self._nodes = {**({} if draft is None else draft.state_nodes), **step.state_nodes}
         self.windows = {name: node.meta["window"] for name, node in nodes.items() if is_appended(node)}
         self.shared_prefix = shared_prefix(nodes.values())
         parts = {name: node.meta.get("store", {}) for name, node in nodes.items()}
@@ -47,7 +52,7 @@ class Allocator:
     def allocate(self, batch: int, capacity: int, prefix: int, fixed: bool) -> State:
         """A fresh cache; see ``Program.allocate``."""
         self._check_prefix(prefix, capacity)
-        stores = {name: self._tensor(name, batch, capacity, prefix) for name in self._step.state_nodes}
+        stores = {name: self._tensor(name, batch, capacity, prefix) for name in self._nodes}
         state = self._state(stores, batch, capacity, fixed)
         state.share(prefix, self.prefixes)
         if not stores:
@@ -58,24 +63,24 @@ class Allocator:
 
     def first_row(self, state: State) -> State:
         """A state of one row whose own stores are those that hold the prefix of ``state``."""
-        own = [name for name in self._step.state_nodes if name not in self.prefixes]
+        own = [name for name in self._nodes if name not in self.prefixes]
         stores = {name: self._tensor(name, 1, state.capacity, 0) for name in own}
         stores |= {name: state.stores[prefix] for name, prefix in self.prefixes.items()}
         return self._state(stores, 1, state.capacity, fixed=False)
 
     def part(self, name: str) -> str:
         """The part of the cache that a state belongs to, for reports."""
-        node = self._step.state_nodes.get(name)  # none has what evictors note of tokens
+        node = self._nodes.get(name)  # none has what evictors note of tokens
         role = node.meta.get("store", {}).get("role") if node is not None else None
         return _PARTS.get(role, "pages")
 
     def _state(self, stores: dict[str, torch.Tensor], batch: int, capacity: int, fixed: bool) -> State:
-        parts = (self._step.packed, fixed, self._step.summaries, self._evicted)
+        parts = (self.packed, fixed, self.summaries, self._evicted)
         return State(stores, self.windows, batch, capacity, self._device, *parts)
 
     def _tensor(self, name: str, batch: int, capacity: int, prefix: int) -> torch.Tensor:
         """A state of zeros: its symbolic sizes are the batch and the slots (or pages)."""
-        node = self._step.state_nodes[name]
+        node = self._nodes[name]
         part = node.meta.get("store", {})
         if part.get("role") == "prefix":
             batch, slots = 1, prefix

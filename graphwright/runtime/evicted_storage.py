@@ -116,15 +116,23 @@ class Eviction:
             accepted: ``[B]`` tokens of each row, on the device; counts: the same on the host.
             lengths: ``[B]`` tokens of each row, these included.
         """
-        self._lengths += accepted
+        self.shift(accepted, counts)
         for pace, one in self._paces.items():
             rows = self._rows[pace]
-            rows = [row._replace(held=row.held + n) for row, n in zip(rows, counts, strict=True)]
-            self._rows[pace] = rows
             limit = self._limit(one)
             due = [index for index, row in enumerate(rows) if row.held >= limit]
             if due:
                 self._evict(pace, due, one.kept.budget(self._capacity), lengths)
+
+    def shift(self, tokens: torch.Tensor, counts: Sequence[int]) -> None:
+        """Every row holds so many tokens more, or fewer if negative: the newest; nothing is evicted.
+
+        Args:
+            tokens: ``[B]`` on the device; counts: the same on the host.
+        """
+        self._lengths += tokens
+        for pace, rows in self._rows.items():
+            self._rows[pace] = [row._replace(held=row.held + n) for row, n in zip(rows, counts, strict=True)]
 
     def _evict(self, pace: Pace, due: Sequence[int], count: int, lengths: Sequence[int]) -> None:
         """Let these rows of a pace keep so many tokens."""

@@ -8,6 +8,8 @@ ahead by :class:`graphwright.runtime.decoding.device_loop.DeviceLoop`.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -15,27 +17,42 @@ from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from graphwright.ir.errors import GraphwrightError, InputError, UnsupportedGenerationError
+from graphwright.runtime.decoding.assistants import assisted, second_programs
 from graphwright.runtime.decoding.device_loop import make_loop
 from graphwright.runtime.decoding.inputs import check_capacity, check_ids, check_mask, check_position_ids
-from graphwright.runtime.decoding.lock import ProgramLock
+from graphwright.runtime.decoding.lock import ProgramLock, hold_all
 from graphwright.runtime.decoding.memory import is_out_of_memory, out_of_memory
 from graphwright.runtime.decoding.protocol import DecodingProgram
-from graphwright.runtime.decoding.refusals import check_arguments, check_config, check_leftovers
+from graphwright.runtime.decoding.refusals import (
+    check_arguments,
+    check_config,
+    check_leftovers,
+    refuse,
+)
 from graphwright.runtime.decoding.request import Request, make_request
 from graphwright.runtime.decoding.transcript import Transcript
 from graphwright.runtime.speculation import Speculation
+from graphwright.runtime.speculation.draft_model import DraftModel
 from graphwright.runtime.speculation.stats import GenerationStats
 
 _KNOWN_MODEL_ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "logits_to_keep"})
 
 
 def _run(
-    program: DecodingProgram, request: Request, speculation: Speculation | None
-) -> tuple[Transcript, GenerationStats]:
-    """Decode; when memory runs out, nothing that the call held stays alive."""
+    program: DecodingProgram,
+    request: Request,
+    speculation: Speculation | None,
+    watch: Callable[[GenerationStats], None],
+) -> Transcript:
+    """Decode; when memory runs out, nothing that the call held stays alive.
+
+    Args:
+        watch: gets the counters before the first step; they count while it decodes.
+    """
     loop = make_loop(program, request, speculation)
+    watch(loop.stats)
     try:
-        return loop.run(), loop.stats
+        return loop.run()
     except Exception as error:
         # An error of the caller's own streamer or criterion passes through as it is.
         if loop.transcript.calling or not is_out_of_memory(error):
@@ -60,6 +77,8 @@ class ProgramGeneration(GenerationMixin):
     _last: GenerationStats
     _total: GenerationStats
     _decoding: bool
+    _assistants: weakref.WeakKeyDictionary[Any, DraftModel]
+    _speculating: Speculation | None
 
     def generate(  # type: ignore[override]
         self,
@@ -79,7 +98,8 @@ class ProgramGeneration(GenerationMixin):
         """Generate from token ids ``[B, L]``; arguments and results are those of transformers' ``generate``.
 
         Padding may be on the left or on the right, and costs nothing inside. Calls from several threads
-        are served one after the other.
+        are served one after the other. An ``assistant_model`` drafts instead of what the program drafts
+        with; if its vocabulary is another one, ``tokenizer`` and ``assistant_tokenizer`` say what they share.
 
         Returns:
             ``[B, L + N]`` int64: the prompt as given, the new tokens, the pad token after a row's end. Or
@@ -87,7 +107,7 @@ class ProgramGeneration(GenerationMixin):
             a row that ended earlier has zeros, and ``past_key_values`` is None.
 
         Raises:
-            UnsupportedGenerationError: an option that is refused, by name (beam search, assistants, ...).
+            UnsupportedGenerationError: an option that is refused, by name (beam search, caches, ...).
             InputError: unusable ids, mask or option.
             CapacityError: prompt and new tokens do not fit the model's positions or the program's cache.
             OutOfMemoryError: memory ran out; what the call held is free again.
@@ -95,14 +115,18 @@ class ProgramGeneration(GenerationMixin):
         """
         named = {
             "synced_gpus": synced_gpus,
-            "assistant_model": assistant_model,
             "negative_prompt_ids": negative_prompt_ids,
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
             "custom_generate": custom_generate,
         }
         check_arguments({**kwargs, **named}, "generate")
-        with self._lock.hold("generate"):
+        tokenizers = kwargs.get("tokenizer"), kwargs.pop("assistant_tokenizer", None)
+        assistant, speculation = self._draft_model(assistant_model, *tokenizers), self.speculation
+        if assistant is not None:
+            speculation = assisted(assistant, kwargs, generation_config, assistant_model.generation_config)
+        with hold_all("generate", self.program, *second_programs(speculation, self.program)):
             inputs, kwargs = self._check_inputs(inputs, generation_config, kwargs)
+            self._speculating = speculation
             self._decoding = False
             try:
                 return super().generate(
@@ -120,6 +144,31 @@ class ProgramGeneration(GenerationMixin):
                 if self._decoding or isinstance(error, GraphwrightError):
                     raise
                 raise InputError(str(error), where="generate") from error
+
+    def _draft_model(self, assistant: Any, tokenizer: Any, assistant_tokenizer: Any) -> DraftModel | None:
+        """The assistant of a call, with what earlier calls found out about it."""
+        if assistant is None:
+            if assistant_tokenizer is not None:
+                raise InputError(
+                    "assistant_tokenizer was given without assistant_model",
+                    where="generate",
+                    hint="pass both, or neither",
+                )
+            return None
+        program = self._assistant_program(assistant)
+        known = self._assistants.get(program)
+        if known is None or (known.tokenizer, known.target_tokenizer) != (assistant_tokenizer, tokenizer):
+            known = DraftModel(program, assistant_tokenizer, tokenizer)
+            self._assistants[program] = known
+        return known
+
+    def _assistant_program(self, assistant: Any) -> DecodingProgram:
+        """The compiled program of an assistant."""
+        if isinstance(assistant, ProgramGeneration):
+            return assistant.program
+        raise refuse(
+            "assistant_model", assistant, "pass a program: graphwright.optimize(assistant_model)", "generate"
+        )
 
     def _check_inputs(
         self, inputs: Any, generation_config: Any, kwargs: dict[str, Any]
@@ -193,9 +242,8 @@ class ProgramGeneration(GenerationMixin):
         longest = max(len(prompt) for prompt in request.prompts)
         check_capacity(longest, request.max_new_tokens, self.program.max_positions, self.capacity, "generate")
         self._decoding = True
-        transcript, stats = _run(self.program, request, self.speculation)
-        self._last = stats
-        self._total.add(stats)
+        transcript = _run(self.program, request, self._speculating, self._watch)
+        self._total.add(self._last)
         if streamer is not None:
             streamer.end()
         sequences = transcript.sequences()
@@ -207,8 +255,11 @@ class ProgramGeneration(GenerationMixin):
             logits=transcript.logits if request.keep_logits else None,
         )
 
+    def _watch(self, stats: GenerationStats) -> None:
+        self._last = stats
+
     def stats(self) -> dict[str, Any]:
-        """Counters over all ``generate`` calls, and of the last one under ``last``.
+        """Counters over all ``generate`` calls, and under ``last`` of the last one, also while it runs.
 
         ``tokens``, ``cycles`` (steps of the program after the prompt), ``drafts``, ``draft_tokens``,
         ``accepted``, ``accepted_per_position``, ``by_drafter``, and why speculation was off, if it was.

@@ -89,8 +89,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__context__
 
 
-def why_not_captured(has_cache: bool, kernels: Sequence[KernelUse]) -> str | None:
-    """Why a step with these kernels cannot be a graph, or None if it can."""
+def why_not_captured(has_cache: bool, kernels: Sequence[KernelUse], has_exit: bool = False) -> str | None:
+    """Why a step with these kernels cannot be a graph, or None if it can.
+
+    Args:
+        has_exit: tokens can exit early.
+    """
+    if has_exit:
+        return "tokens exit early: whether all have is read on the host, in the middle of the step"
     if not has_cache:
         return "the program keeps no cache: it runs whole sequences, of another length in every step"
     reading = sorted({k.op for k in kernels if k.provider == REFERENCE and k.op in READS_CONTENTS})
@@ -116,6 +122,9 @@ class StepInputs:
         depth, tree: ``[B, T]`` int64, or None.
         last: only the logits of each row's last valid token.
         dense: ``[B]`` int64, tokens that read everything; None: none of them.
+        prompts: ``[B]`` int64, how many of a row's tokens are its prompt; one tensor in all steps of a state.
+        idle: layers that no token of the step uses, which are left out.
+        exits: whether any token may exit early.
     """
 
     tokens: torch.Tensor
@@ -124,9 +133,12 @@ class StepInputs:
     tree: torch.Tensor | None
     last: bool
     dense: torch.Tensor | None = None
+    prompts: torch.Tensor | None = None
+    idle: frozenset[int] = frozenset()
+    exits: bool = False
 
     @property
-    def key(self) -> tuple[int, bool, bool, bool, bool]:
+    def key(self) -> tuple[int, bool, bool, bool, bool, frozenset[int]]:
         """Steps of one key are one graph."""
         return (
             token_bucket(self.tokens.shape[1]),
@@ -134,6 +146,7 @@ class StepInputs:
             self.tree is not None,
             self.last and self.tokens.shape[1] > 1,
             self.dense is not None,
+            self.idle,
         )
 
     def static(self) -> StepInputs:
@@ -145,7 +158,8 @@ class StepInputs:
 
         tokens, counts = self.tokens.new_zeros((rows, width)), torch.zeros_like(self.counts)
         dense = None if self.dense is None else torch.zeros_like(self.dense)
-        return StepInputs(tokens, counts, like(self.depth), like(self.tree), self.key[3], dense)
+        given = (tokens, counts, like(self.depth), like(self.tree), self.key[3], dense)
+        return StepInputs(*given, prompts=self.prompts, idle=self.idle)
 
     def copy_from(self, given: StepInputs) -> None:
         """Take a step's inputs over. Columns beyond its tokens are padding, whatever they hold."""

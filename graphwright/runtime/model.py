@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class OptimizedModel(ProgramGeneration):
         self._lock = ProgramLock.of(program)
         self._last, self._total = GenerationStats(), GenerationStats()
         self._decoding = False
+        self._assistants, self._speculating = weakref.WeakKeyDictionary(), None
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -97,6 +99,7 @@ class OptimizedModel(ProgramGeneration):
                 ``past_key_values`` also ``[B, P + T]``, P the columns in the cache.
             position_ids: accepted if they are the ones that follow from the mask.
             past_key_values: what an earlier ``forward`` of this program returned; it is extended in place.
+                Where depth depends on it, the first call's tokens are a prompt, and later ones generated.
             labels: ``[B, T]``, -100 where there is no loss.
             use_cache: return ``past_key_values``; None follows the config.
             logits_to_keep: only the last so many columns (0: all), or the columns of a tensor of indices.
@@ -147,8 +150,8 @@ class OptimizedModel(ProgramGeneration):
     ) -> torch.Tensor:
         """Teacher-forced logits ``[B, T, V]`` through the program's own cache, ``step`` tokens at a time.
 
-        Every token but the first ``step`` reads its past from the cache, so what a compressed, sparse or
-        skipped program loses is seen, which a single pass would hide.
+        Every token but the first ``step`` reads its past from the cache and counts as generated, so what a
+        compressed, sparse or skipped program loses is seen, which a single pass would hide.
 
         Raises:
             InputError: unusable ids or mask, or ``step`` outside 1 .. ``program.max_step_tokens``.
@@ -169,6 +172,7 @@ class OptimizedModel(ProgramGeneration):
                 chunk=step,
                 where="score",
                 fixed=self.capacity,
+                prompt=step,
             )
 
     def _cache_for(self, past: Any, batch: int) -> ProgramCache:

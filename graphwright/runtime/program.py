@@ -9,11 +9,15 @@ from typing import Any, Literal
 
 import torch
 
+from graphwright.ir.depth_ops import PROMPT_LENGTHS
 from graphwright.ir.errors import CapacityError, InputError
 from graphwright.ir.prefix_ops import OWN_LENGTHS
 from graphwright.runtime.allocation import Allocator
+from graphwright.runtime.calls import StepCalls
+from graphwright.runtime.depth import DynamicDepth
 from graphwright.runtime.graphs import CudaGraphs, GraphBackend, StepGraphs, StepInputs, why_not_captured
 from graphwright.runtime.lowering.lower import LoweredStep
+from graphwright.runtime.residual import Visit
 from graphwright.runtime.speculation.tree import MAX_TREE_TOKENS
 from graphwright.runtime.state_pool import StatePool
 from graphwright.runtime.storage import MAX_STEP_TOKENS, PREFILL_CHUNK, State, window_slack
@@ -32,8 +36,10 @@ class Program:
         vocab_size: V.
         max_positions: most tokens of a sequence, or None if the model has no limit.
         graphs: records decode steps and replays them, where it is enabled for the device.
+        draft: another lowered graph over the same caches, to draft with.
 
     Attributes:
+        draft: the program that runs it, over states of this one; None without it.
         runs_ahead: a step is queued on the device, and the host need not wait for it.
         refresh: generated tokens between dense passes; 0 for none.
         graphs_off: why steps are not recorded on a device where they could be; None if they are, or if
@@ -56,12 +62,14 @@ class Program:
         vocab_size: int,
         max_positions: int | None,
         graphs: GraphBackend | None = None,
+        draft: LoweredStep | None = None,
     ) -> None:
         self.lowered = step
         self.config, self.device, self.dtype = config, device, dtype
         self.vocab_size, self.max_positions = vocab_size, max_positions
-        self._calls = [(call, tuple(ins), tuple(outs)) for call, ins, outs in step.calls]
-        self._allocator = Allocator(step, device)
+        self._calls = StepCalls(step)
+        self._depth = DynamicDepth(step)
+        self._allocator = Allocator(step, device, draft)
         self.shared_prefix = self._allocator.shared_prefix
         slacks = [window_slack(w) for w in self._allocator.windows.values() if w]
         self._chunk = min([step.prefill_chunk or PREFILL_CHUNK, *slacks])
@@ -72,9 +80,23 @@ class Program:
         self._graphs: GraphBackend | None = None
         graphs = CudaGraphs() if graphs is None else graphs
         if graphs.enabled(device):
-            self.graphs_off = why_not_captured(bool(step.states), step.kernels)
+            self.graphs_off = why_not_captured(bool(step.states), step.kernels, step.exit is not None)
             self._graphs = graphs if self.graphs_off is None else None
         self._pool = StatePool(max_positions)
+        self.draft: Program | None = None
+        if draft is not None:
+            model = {"config": config, "vocab_size": vocab_size, "max_positions": max_positions}
+            self.draft = Program(draft, device=device, dtype=dtype, graphs=graphs, **model)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Storage that lowering made for folded parameters."""
+        return self.lowered.prepared_bytes + (0 if self.draft is None else self.draft.prepared_bytes)
+
+    @property
+    def _records(self) -> bool:
+        """Whether steps over a state are recorded: its tensors then have to stay where they are."""
+        return self._graphs is not None or (self.draft is not None and self.draft._records)
 
     # --- the cache -------------------------------------------------------------------------------
 
@@ -87,7 +109,7 @@ class Program:
         Raises:
             InputError: the program shares no prefix, or none that long.
         """
-        state = self._allocator.allocate(batch, capacity, prefix, fixed=self._graphs is not None)
+        state = self._allocator.allocate(batch, capacity, prefix, fixed=self._records)
         self._alive.add(state)
         return state
 
@@ -96,13 +118,13 @@ class Program:
 
         It may hold more than ``capacity`` tokens a row. ``prefix`` is as in :meth:`allocate`.
         """
-        if self._graphs is None:
+        if not self._records:
             return self.allocate(batch, capacity, prefix)
         return self._pool.borrow(batch, capacity, partial(self.allocate, prefix=prefix), prefix)
 
     def give_back(self, state: State) -> None:
         """The end of a call that borrowed ``state``, in whatever condition it is."""
-        if self._graphs is not None:
+        if self._records:
             self._pool.give_back(state)
 
     def free_idle(self) -> bool:
@@ -115,9 +137,10 @@ class Program:
 
     def cache_parts(self) -> dict[str, int]:
         """Bytes of the caches that are alive by part, if they have several; else empty."""
-        if not self.lowered.packed and not self.lowered.summaries:
+        summaries = self._allocator.summaries
+        if not self.lowered.packed and not summaries:
             return {}
-        kinds = ("stores", "pages", "tail", "first", *(("summaries",) if self.lowered.summaries else ()))
+        kinds = ("stores", "pages", "tail", "first", *(("summaries",) if summaries else ()))
         parts = dict.fromkeys(kinds, 0)
         for state in self._alive:
             for name, held in state.stores.items():
@@ -137,6 +160,8 @@ class Program:
         tree: torch.Tensor | None = None,
         dense: torch.Tensor | None = None,
         logits: Logits = "all",
+        skip: frozenset[int] = frozenset(),
+        visit: Visit | None = None,
     ) -> torch.Tensor:
         """Run new tokens over the cache without committing them.
 
@@ -148,10 +173,15 @@ class Program:
             dense: ``[B]`` int64: the first ``dense[b]`` tokens of a row read everything, where pages are
                 selected; None: no token does.
             logits: ``all`` gives ``[B, T, V]``, ``last`` gives ``[B, 1, V]`` of each row's last valid token.
+            skip: layers to leave out, by number. They store nothing of these tokens, which therefore can be
+                looked at only, not committed.
+            visit: called with the residual stream after each layer that can be left out.
+
+        Steps with ``skip`` or ``visit`` run without a recorded graph.
 
         Raises:
             CapacityError: the cache is too small; nothing was written.
-            InputError: a tree of more tokens than its mask has bits.
+            InputError: a tree of more tokens than its mask has bits, or a layer that cannot be left out.
         """
         width = tokens.shape[1]
         if tree is not None and width > MAX_TREE_TOKENS:
@@ -161,20 +191,35 @@ class Program:
                 where="Program.step",
                 hint="verify smaller trees, or leave tree out for a chain",
             )
+        if skip:
+            self.lowered.blocks.check(skip, "Program.step")
         self._check_room(state, counts, width)
         state.make_room(width)
-        given = StepInputs(tokens, counts, depth, tree, logits == "last", dense)
-        if self._graphs is not None and state.takes_short_steps and width <= MAX_STEP_TOKENS:
+        layers = self._depth.inputs(state, counts, width)
+        given = StepInputs(tokens, counts, depth, tree, logits == "last", dense, **layers)
+        whole = not skip and visit is None
+        if whole and self._graphs is not None and state.takes_short_steps and width <= MAX_STEP_TOKENS:
             return self._graphs_of(state).step(given)
         if not self.lowered.states:
-            return self._run_whole(state, given)
-        return self._run_step(state.stores, state.lengths, given)
+            return self._run_whole(state, given, skip, visit)
+        return self._run_step(state.stores, state.lengths, given, skip, visit)
+
+    @torch.no_grad()
+    def read_out(self, stream: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, T, V]``, were ``stream [B, T, H]`` the residual stream after the last layer.
+
+        Raises:
+            InputError: what follows the layers reads more than that.
+        """
+        return self._calls.read_out(stream)
 
     @torch.no_grad()
     def step_eagerly(self, state: State, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """:meth:`step` of a chain without a graph, all logits: for timing kernels one by one."""
         self._check_room(state, counts, tokens.shape[1])
-        return self._run_step(state.stores, state.lengths, StepInputs(tokens, counts, None, None, False))
+        layers = self._depth.inputs(state, counts, tokens.shape[1])
+        given = StepInputs(tokens, counts, None, None, False, **layers)
+        return self._run_step(state.stores, state.lengths, given)
 
     @torch.no_grad()
     def prefill(self, state: State, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -194,7 +239,8 @@ class Program:
             valid = (counts - start).clamp(0, width)
             self._check_room(state, valid, width)
             state.make_room(width)
-            given = StepInputs(chunk, valid, None, None, True, dense=valid)
+            layers = self._depth.inputs(state, valid, width)
+            given = StepInputs(chunk, valid, None, None, True, dense=valid, **layers)
             if self.lowered.states:
                 logits = self._run_step(state.stores, state.lengths, given)[:, 0]
             else:
@@ -203,6 +249,8 @@ class Program:
             state.commit(valid, [min(max(count - start, 0), width) for count in wanted])
         assert result is not None, "a prompt has at least one token"
         state.shrink()
+        if state.in_prompt:
+            state.end_prompt()
         return result
 
     def _begin(self, state: State, tokens: torch.Tensor) -> None:
@@ -212,11 +260,11 @@ class Program:
         state.begin_with(one)
 
     def _graphs_of(self, state: State) -> StepGraphs:
-        if state.graphs is None:
+        if self not in state.graphs:
             assert self._graphs is not None
             run = partial(self._run_step, state.stores, state.lengths)
-            state.graphs = StepGraphs(self._graphs, run, self.device, self._stop_capturing)
-        graphs: StepGraphs = state.graphs
+            state.graphs[self] = StepGraphs(self._graphs, run, self.device, self._stop_capturing)
+        graphs: StepGraphs = state.graphs[self]
         return graphs
 
     def _stop_capturing(self, reason: str) -> None:
@@ -224,7 +272,12 @@ class Program:
         self._pool.clear()
 
     def _run_step(
-        self, stores: dict[str, torch.Tensor], lengths: torch.Tensor, given: StepInputs
+        self,
+        stores: dict[str, torch.Tensor],
+        lengths: torch.Tensor,
+        given: StepInputs,
+        skip: frozenset[int] = frozenset(),
+        visit: Visit | None = None,
     ) -> torch.Tensor:
         """Run a step over these tensors; reads no contents on the host and can be repeated."""
         tokens, counts, tree = given.tokens, given.counts, given.tree
@@ -239,6 +292,9 @@ class Program:
         }
         if "dense" in self.lowered.inputs:
             named["dense"] = given.dense if given.dense is not None else torch.zeros_like(counts)
+        if PROMPT_LENGTHS in self.lowered.inputs:
+            assert given.prompts is not None
+            named[PROMPT_LENGTHS] = given.prompts
         prefix = next(iter(self._allocator.prefixes.values()), None)  # all are of one length
         if prefix is not None:
             named[OWN_LENGTHS] = lengths - stores[prefix].shape[2]
@@ -247,21 +303,15 @@ class Program:
         for name, slot in self.lowered.states.items():
             values[slot] = stores[name]
         rows = (counts - 1).clamp_(min=0)[:, None] if given.last and tokens.shape[1] > 1 else None
-        return self._run(values, rows)
+        return self._calls.run(values, rows, skip | given.idle, visit, given.exits)
 
-    def _run(self, values: list[Any], rows: torch.Tensor | None) -> torch.Tensor:
-        tail = self.lowered.tail if rows is not None else None
-        for index, (call, ins, outs) in enumerate(self._calls):
-            if index == tail:
-                assert self.lowered.tail_slot is not None and rows is not None
-                values[self.lowered.tail_slot] = _take_rows(values[self.lowered.tail_slot], rows)
-            results = call(*[values[i] for i in ins])
-            for out, result in zip(outs, results, strict=True):
-                values[out] = result
-        logits: torch.Tensor = values[self.lowered.result]
-        return logits if rows is None or tail is not None else _take_rows(logits, rows)
-
-    def _run_whole(self, state: State, given: StepInputs) -> torch.Tensor:
+    def _run_whole(
+        self,
+        state: State,
+        given: StepInputs,
+        skip: frozenset[int] = frozenset(),
+        visit: Visit | None = None,
+    ) -> torch.Tensor:
         """A program without a cache: keep the tokens and run all of them."""
         tokens, counts = given.tokens, given.counts
         history = state.stores["input_ids"][:, 0, :, 0]
@@ -277,7 +327,7 @@ class Program:
         if given.last:
             column = (counts - 1).clamp(min=0)[:, None]
         rows = (state.lengths[:, None] + column).clamp(max=total - 1)
-        return self._run(values, rows)
+        return self._calls.run(values, rows, skip, visit)
 
     def _positions(self, lengths: torch.Tensor, tokens: int, depth: torch.Tensor | None) -> torch.Tensor:
         if depth is None:
@@ -306,10 +356,3 @@ class Program:
                 where="Program.step",
                 hint="allocate a larger cache, or shorten the prompt or max_new_tokens",
             )
-
-
-def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows ``[B, R]`` of ``x [B, T, F]``."""
-    if x.shape[0] == 1:
-        return x[:, rows[0]]
-    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from graphwright.ir.depth_ops import ENDLESS
 from graphwright.ir.errors import CapacityError
 from graphwright.runtime.evicted_layout import EvictedLayout
 from graphwright.runtime.evicted_storage import Eviction
@@ -47,8 +48,11 @@ class State:
     Attributes:
         lengths: ``[B]`` int64, committed tokens of each row; one tensor for as long as the state lives.
         known: the same on the host, so that nothing has to be read from the device.
-        graphs: what was captured of steps over this state, if anything.
+        graphs: what was captured of steps over this state, by the program that runs them.
         prefix: tokens that all rows share, which are kept once; see :meth:`share`.
+        prompt_lengths: ``[B]`` int64, tokens of each row that are its prompt; later ones count as generated.
+            One tensor for as long as the state lives. See :meth:`end_prompt`.
+        prompts: the same on the host.
 
     Tokens beyond ``lengths`` are whatever the last step wrote; not committing them is the rollback.
     """
@@ -75,13 +79,16 @@ class State:
         self.batch, self.capacity = batch, capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.known = [0] * batch
+        self.prompt_lengths = torch.full_like(self.lengths, ENDLESS)
+        self.prompts = [ENDLESS] * batch
         # Of each kind, tokens of every row that are in pages: what the stores' ``packed`` say.
         self._done = {pace: [0] * batch for pace in self._paces}
         self._furthest = 0
         self._step_tokens = MAX_STEP_TOKENS
         self._fixed = fixed
         self._tails: dict[str, torch.Tensor] = {}  # of decode steps, while a longer step has larger ones
-        self.graphs: Any = None
+        self.graphs: dict[Any, Any] = {}
+        self._ahead = [0] * batch
         self.prefix = 0
         self._prefixes: Mapping[str, str] = {}
 
@@ -114,6 +121,9 @@ class State:
         self.known = [0] * self.batch
         self._done = {pace: [0] * self.batch for pace in self._paces}
         self._furthest = 0
+        self._ahead = [0] * self.batch
+        self.prompt_lengths.fill_(ENDLESS)
+        self.prompts = [ENDLESS] * self.batch
         self.shrink()  # a long step may have been interrupted
 
     def share(self, prefix: int, prefixes: Mapping[str, str]) -> None:
@@ -226,10 +236,33 @@ class State:
         self.lengths.copy_(torch.minimum(self.lengths, lengths))
         self.known = known
         self.summaries.cut(known)
+        if any(length < prompt < ENDLESS for length, prompt in zip(known, self.prompts, strict=True)):
+            self.end_prompt([min(pair) for pair in zip(known, self.prompts, strict=True)])
         for layout in self.packed:
             layout.unpack(self.stores, known)
         for pace, one in self._paces.items():
             self._done[pace] = self.stores[one.roles["packed"]].tolist()
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Let later steps read the first ``tokens[b]`` tokens of row b's last step, without committing them.
+
+        Nothing is packed, summarized or evicted: that waits for the commit. With the steps that follow, a row
+        stays within :meth:`room` and 64 tokens. :meth:`retreat` comes before anything else but such steps.
+        """
+        self._shift(tokens)
+        self._ahead = [ahead + more for ahead, more in zip(self._ahead, tokens, strict=True)]
+
+    def retreat(self) -> None:
+        """Take back everything that :meth:`advance` let be read."""
+        self._shift([-ahead for ahead in self._ahead])
+        self._ahead = [0] * self.batch
+
+    def _shift(self, tokens: Sequence[int]) -> None:
+        shift = upload(list(tokens), self.lengths.device)
+        self.lengths += shift
+        self.known = [length + more for length, more in zip(self.known, tokens, strict=True)]
+        if self.eviction is not None:
+            self.eviction.shift(shift, tokens)
 
     def room(self) -> list[int]:
         """Tokens that each row may run in one step and see every page as steps of one token would.
@@ -254,6 +287,16 @@ class State:
         """A prompt of so many tokens a row is about to run; :meth:`shrink` ends it."""
         if self.eviction is not None:
             self.eviction.begin_prompt(tokens)
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether the prompt has not ended."""
+        return ENDLESS in self.prompts
+
+    def end_prompt(self, prompts: Sequence[int] | None = None) -> None:
+        """The first ``prompts[b]`` tokens of each row are its prompt, by default all that there are."""
+        self.prompts = list(self.known if prompts is None else prompts)
+        self.prompt_lengths.copy_(upload(self.prompts, self.lengths.device))
 
     def make_room(self, tokens: int) -> None:
         """Let the next step have ``tokens`` tokens a row; a decode or verification step always fits."""

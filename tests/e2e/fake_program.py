@@ -71,6 +71,7 @@ class ReferenceState:
     def __init__(self, batch: int, capacity: int) -> None:
         self.batch, self.capacity = batch, capacity
         self.rows: list[list[int]] = [[] for _ in range(batch)]
+        self.ahead = [0] * batch
         self.pending: list[list[int]] = [[] for _ in range(batch)]
 
     @property
@@ -81,7 +82,7 @@ class ReferenceState:
         for row, pending, count in zip(self.rows, self.pending, accepted.tolist(), strict=True):
             assert count <= len(pending)
             row.extend(pending[:count])
-        self.pending = [[] for _ in self.rows]
+            del pending[:count]
 
     def commit_path(self, path: torch.Tensor, accepted: torch.Tensor, known: Any = None) -> None:
         for row, pending, nodes, count in zip(
@@ -92,6 +93,21 @@ class ReferenceState:
 
     def truncate(self, lengths: torch.Tensor) -> None:
         self.rows = [row[:length] for row, length in zip(self.rows, lengths.tolist(), strict=True)]
+
+    def end_prompt(self, prompts: Any = None) -> None:
+        pass
+
+    def advance(self, tokens: list[int]) -> None:
+        self.commit(torch.tensor(tokens))
+        self.ahead = [ahead + count for ahead, count in zip(self.ahead, tokens, strict=True)]
+
+    def retreat(self) -> None:
+        """What was advanced stays where it is until the next step, and can be committed."""
+        for row, pending, count in zip(self.rows, self.pending, self.ahead, strict=True):
+            cut = len(row) - count
+            pending[:] = row[cut:]
+            del row[cut:]
+        self.ahead = [0] * self.batch
 
     def room(self) -> list[int]:
         return [self.capacity] * self.batch
@@ -173,6 +189,15 @@ class TableState:
 
     def truncate(self, lengths: torch.Tensor) -> None:
         self.lengths = lengths
+
+    def advance(self, tokens: list[int]) -> None:
+        """Nothing to do: no logits depend on what was read before."""
+
+    def retreat(self) -> None:
+        """Nothing to do."""
+
+    def end_prompt(self, prompts: Any = None) -> None:
+        pass
 
     def room(self) -> list[int]:
         return [self.capacity] * self.batch

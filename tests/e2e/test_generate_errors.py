@@ -106,7 +106,7 @@ REFUSED: dict[str, Any] = {
     "prompt_lookup_num_tokens": 3,
     "assistant_early_exit": 1,
     "assistant_model": object(),
-    "assistant_tokenizer": object(),
+    "assistant_ensemble_weight": 0.5,
     "guidance_scale": 2.0,
     "token_healing": True,
     "use_cache": False,

@@ -401,3 +401,26 @@ def observe_queries(dtype: torch.dtype) -> Iterator[Case]:
     from tests.numerics.eviction_inputs import eviction_cases
 
     yield from eviction_cases(dtype)
+
+
+@generator("bypass")
+def bypass(dtype: torch.dtype) -> Iterator[Case]:
+    for label, shape in (("decode", (1, 1, 8)), ("ragged", (3, 5, 16))):
+        given = {name: torch.randn(shape).to(dtype) for name in ("entry", "exit")}
+        yield label, {**given, "passing": torch.rand(shape[:2]) < 0.5}
+
+
+@generator("exits")
+def exits(dtype: torch.dtype) -> Iterator[Case]:
+    for measure in ("top", "margin"):
+        yield (
+            measure,
+            dict(
+                stream=randn(3, 5, 16, dtype=dtype),
+                logits=randn(3, 5, 9, dtype=dtype, scale=4.0),
+                generated=torch.arange(-1, 4).repeat(3, 1),
+                counts=torch.tensor([5, 2, 0]),
+                threshold=0.5,
+                measure=measure,
+            ),
+        )

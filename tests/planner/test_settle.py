@@ -13,8 +13,8 @@ import torch
 import graphwright as gw
 from graphwright.ir.errors import VerificationError
 from graphwright.optimizer import build, check, drafting, settle, settle_drafts
-from graphwright.optimizer.build import speculation_of
-from graphwright.optimizer.drafting import saved_seconds
+from graphwright.optimizer.draft_program import speculation_of
+from graphwright.optimizer.drafting import Tried, try_drafts
 from graphwright.optimizer.planner import Candidate, menu
 from graphwright.optimizer.report import Decision, Status
 from graphwright.passes import base
@@ -266,7 +266,7 @@ def continued(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], None]:
 def saved(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What generating with drafts saves a token: the last element."""
     found = [0.5 * SLOW]
-    monkeypatch.setattr(settle_drafts, "saved_seconds", lambda *_: found[-1])
+    monkeypatch.setattr(settle_drafts, "try_drafts", lambda *_: Tried(found[-1], {"drafts": 3}))
     return found
 
 
@@ -282,6 +282,7 @@ def test_drafts_stay_where_prompts_repeat_themselves(
     assert "on the caller's prompts" in applied[0].reason
     assert applied[0].measured == {"seconds_per_token": pytest.approx(-0.5 * SLOW)}
     measured = fast.report.measured["speculation"]
+    assert measured["stats"] == {"drafts": 3}
     assert measured["tokens_per_cycle"] > 2 and measured["speedup"] == pytest.approx(2.0)
     assert seconds(plans(fast, "chosen")[0]) == measured["seconds_per_token"] == 0.5 * SLOW
 
@@ -379,8 +380,8 @@ def test_generation_really_runs(gpt2: Any, clock: Clock, continued: Any) -> None
     assert fast.plan.passes[0] == KV
     drafts = Speculate(tokens=4)
     for prompt in (REPEATED[:1], REPEATED, (REPEATED * 6)[:POSITIONS]):
-        found = saved_seconds(gpt2, fast.program, drafts, [prompt], batch=2)
-        assert abs(found) < 60
+        found = try_drafts(gpt2, fast.program, drafts, [prompt], batch=2)
+        assert abs(found.saved) < 60 and found.stats["tokens"] > 0
 
 
 def test_prompts_that_leave_no_room_keep_what_was_assumed(

@@ -26,7 +26,7 @@ class Table:
 
     def allocate(self, batch: int, capacity: int) -> Any:
         """No state is needed."""
-        return SimpleNamespace(commit=lambda counts: None)
+        return SimpleNamespace(commit=lambda counts: None, end_prompt=lambda prompts: None)
 
     def step(self, state: Any, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Look up."""

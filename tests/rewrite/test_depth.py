@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphwright.ir.graph import argument
+from graphwright.ir.blocks import PARTS, find_blocks, skip_blocks
+from graphwright.ir.dominators import token_dominators
+from graphwright.ir.graph import argument, layer_number, value
 from graphwright.ir.verifier import verify
 from tests.architectures import ARCHITECTURES, VOCAB, WINDOW
 from tests.rewrite.expected import EXPECTED
@@ -29,6 +31,48 @@ def deep(captured):
 def test_counts(deep, name: str) -> None:
     assert deep(name).report.counts == EXPECTED[name](3)
     assert deep(name).report.near_misses == []
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_blocks_of_every_layer(deep, name: str) -> None:
+    """Layers begin where the one before ends, and their halves follow each other or stand side by side."""
+    graph = deep(name).canonical
+    found = find_blocks(graph)
+    assert not found.missing
+    assert [(b.layer, b.part) for b in found.found] == [(n, part) for n in range(3) for part in PARTS]
+    whole, attention, mlp = (found.of(part) for part in PARTS)
+    assert [b.exit for b in whole[:-1]] == [b.entry for b in whole[1:]]
+    for one, first, second in zip(whole, attention, mlp, strict=True):
+        if name == "gpt_neox":
+            assert first.contribution is not None and second.contribution is not None
+            assert (first.entry, first.exit) == (second.entry, second.exit) == (one.entry, one.exit)
+        else:
+            assert first.contribution is None and second.contribution is None
+            assert (first.entry, first.exit, second.exit) == (one.entry, second.entry, one.exit)
+    dominators, _ = token_dominators(graph)
+    for block in found.found:
+        node = graph.output.all_input_nodes[0]
+        while node not in (block.exit, dominators.get(node)):
+            node = dominators[node]
+        assert node is block.exit and layer_number(block.path) == block.layer
+        assert value(block.entry).shape == value(block.exit).shape
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_block_takes_its_weights_with_it(deep, name: str) -> None:
+    gone = {}
+    for part in PARTS:
+        graph = deep(name).canonical.copy()
+        skip_blocks(graph, [b for b in find_blocks(graph).of(part) if b.layer == 1])
+        graph.drop_unused_placeholders()
+        verify(graph)
+        assert len(graph.calls("attention")) == (3 if part == "mlp" else 2)
+        # Beside the layer's own, frequencies that no other layer uses may go.
+        removed = set(deep(name).canonical.parameters) - set(graph.parameters)
+        gone[part] = {parameter for parameter in removed if layer_number(parameter) is not None}
+    assert gone["whole"] == {p for p in deep(name).canonical.parameters if layer_number(p) == 1}
+    assert gone["attention"] and gone["mlp"] and not gone["attention"] & gone["mlp"]
+    assert gone["attention"] | gone["mlp"] == gone["whole"]
 
 
 @pytest.mark.parametrize(

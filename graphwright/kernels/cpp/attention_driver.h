@@ -259,6 +259,9 @@ void attend(const AttentionArgs<T>& a, const Cache& cache, const Items& items) {
     if (TileEngine::takes(a.d)) return run<T, Cache, TileEngine>(a, cache, items);
   }
 #endif
+#ifdef GW_PAIRS
+  if constexpr (std::is_same_v<T, bf16>) return run<T, Cache, PairEngine>(a, cache, items);
+#endif
   run<T, Cache, FloatEngine<T>>(a, cache, items);
 }
 template <class T, class Cache>

@@ -1,9 +1,9 @@
-// The two matrix products of attention on one chunk of keys: a portable engine in float32 arithmetic and one on
-// AMX tiles for bfloat16. An engine holds a number of tiles of query rows and reads a chunk once (`stage`) for all
-// of them.
+// The two matrix products of attention on one chunk of keys: a portable engine in float32 arithmetic, and for bfloat16
+// one on AMX tiles and one on vectors of pairs (attention_pairs.h). An engine holds a number of tiles of query rows and
+// reads a chunk once (`stage`) for all of them.
 #pragma once
 #include "amx.h"
-#include "attention_rows.h"
+#include "attention_pairs.h"
 
 namespace gw {
 
@@ -158,7 +158,8 @@ class TileEngine {
       for (int i = 0; i < 16; i += 2) {
         const bf16* even = run ? run + i * values.stride : values.at(first + i);
         const bf16* odd = run ? even + values.stride : values.at(first + i + 1);
-        interleave(even, odd, block * 8 + i / 2);
+        const int pair = block * 8 + i / 2;  // 16 pairs and 16 columns are a tile
+        interleave(even, odd, e_, v_ + (pair / 16 * (ep_ / 16)) * 512 + pair % 16 * 32, 512);
       }
     }
     tile_fence();
@@ -252,25 +253,6 @@ class TileEngine {
     if (!run) return;
     for (int i = 0; i < 16; ++i)
       for (int64_t e = 0; e < width; e += 32) _mm_prefetch(reinterpret_cast<const char*>(run + i * stride + e), _MM_HINT_T1);
-  }
-
-  // Two values side by side: word i of the pair is (even[i], odd[i]).
-  void interleave(const bf16* even, const bf16* odd, int pair) {
-    bf16* to = v_ + (pair / 16 * (ep_ / 16)) * 512 + pair % 16 * 32;
-    const __m512i low = _mm512_add_epi16(_mm512_set1_epi32(32 << 16), step()), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t e = 0; e < e_; e += 32, to += 1024) {
-      const __mmask32 mask = e_ - e >= 32 ? ~__mmask32(0) : __mmask32((1u << (e_ - e)) - 1);
-      const __m512i a = even ? _mm512_maskz_loadu_epi16(mask, even + e) : _mm512_setzero_si512();
-      const __m512i b = odd ? _mm512_maskz_loadu_epi16(mask, odd + e) : _mm512_setzero_si512();
-      _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
-      if (e + 16 < e_) _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(a, high, b));
-    }
-  }
-
-  // 0, 0, 1, 1, ... 15, 15
-  static __m512i step() {
-    const __m512i word = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_or_si512(word, _mm512_slli_epi32(word, 16));
   }
 
   // Scores [16 keys][16 rows] of up to four rows to [row][16 keys], a quarter of a full transpose.

@@ -2,6 +2,9 @@
 #pragma once
 #include "vec.h"
 
+#define GW_UNROLL _Pragma("GCC unroll 16")  // accumulators stay in registers
+#define GW_NOINLINE __attribute__((noinline))
+
 namespace gw {
 
 // Elementary step of a dot product: STEP elements of weight and input into one accumulator.
@@ -24,31 +27,40 @@ struct Dot<bf16> {
 };
 #endif
 
-// sums[n][m] = weight row n times input row m; the blocking (NB, MB) does not show in the bits.
+// Memory [at, end) that is asked for while something else is computed, some cache lines at every step of it.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+  int64_t bytes = 0;  // a step
+  void step() {
+    for (const char* stop = end - at < bytes ? end : at + bytes; at < stop; at += 64) prefetch(at);
+  }
+};
+
+// Lane m * NB + n: weight row n times input row m. The blocking (NB, MB) does not show in the bits.
+// A function of its own, so that the loop has the registers to itself.
 template <class T, int NB, int MB>
-void dot_block(const T* w, int64_t stride, const T* const (&x)[MB], int64_t k, float (*sums)[MB]) {
+GW_NOINLINE Vec dot_block(const T* w, int64_t stride, const T* const (&x)[MB], int64_t k, Ahead& asked) {
+  static_assert(NB * MB <= LANES);
   using D = Dot<T>;
-  Vec acc[NB][MB];
-  for (int n = 0; n < NB; ++n)
-    for (int m = 0; m < MB; ++m) acc[n][m] = splat(0.0f);
+  Vec acc[LANES];
+  for (Vec& sum : acc) sum = splat(0.0f);
+  const auto step = [&](auto get, int64_t at) {
+    typename D::Reg wr[NB];
+    for (int n = 0; n < NB; ++n) wr[n] = get(w + n * stride + at);
+    GW_UNROLL for (int m = 0; m < MB; ++m) {
+      const auto xr = get(x[m] + at);
+      GW_UNROLL for (int n = 0; n < NB; ++n) acc[m * NB + n] = D::mac(acc[m * NB + n], wr[n], xr);
+    }
+  };
+  Ahead ahead = asked;
   int64_t at = 0;
   for (; at + D::STEP <= k; at += D::STEP) {
-    typename D::Reg wr[NB];
-    for (int n = 0; n < NB; ++n) wr[n] = D::get(w + n * stride + at);
-    for (int m = 0; m < MB; ++m) {
-      auto xr = D::get(x[m] + at);
-      for (int n = 0; n < NB; ++n) acc[n][m] = D::mac(acc[n][m], wr[n], xr);
-    }
+    step([](const T* p) { return D::get(p); }, at);
+    ahead.step();
   }
-  if (at < k) {
-    int rest = int(k - at);
-    for (int m = 0; m < MB; ++m) {
-      auto xr = D::get_n(x[m] + at, rest);
-      for (int n = 0; n < NB; ++n) acc[n][m] = D::mac(acc[n][m], D::get_n(w + n * stride + at, rest), xr);
-    }
-  }
-  for (int n = 0; n < NB; ++n)
-    for (int m = 0; m < MB; ++m) sums[n][m] = reduce_add(acc[n][m]);
+  if (at < k) step([rest = int(k - at)](const T* p) { return D::get_n(p, rest); }, at);
+  asked = ahead;
+  return reduce_each(acc);
 }
 
 }  // namespace gw

@@ -106,4 +106,18 @@ struct AppendArgs {
 };
 void cache_append(const AppendArgs& args);
 
+// The k largest entries of each row in descending order, of equal ones the first, and their log-softmax.
+constexpr int MAX_TOP_TOKENS = 16;
+template <class T>
+struct TopTokensArgs {
+  const T* logits;   // [rows, size], unit stride along a row
+  int64_t stride, rows, size;
+  int k;             // at most MAX_TOP_TOKENS and size
+  int64_t* ids;      // [rows, k]
+  float* log_probs;  // [rows, k]
+  int threads;
+};
+template <class T>
+void top_tokens(const TopTokensArgs<T>& args);
+
 }  // namespace gw

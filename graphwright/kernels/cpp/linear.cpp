@@ -1,38 +1,68 @@
-// Linear layers for a few rows: every weight is read once, whatever the number of rows.
+// Linear layers for a few rows: every weight is read from memory once, whatever the number of rows.
 //
 // One output is one accumulator vector, fed in order of k and reduced in a fixed order. Blocking only
 // decides which outputs are computed together, so that a row has the same bits alone and among others.
+#include <algorithm>
+
 #include "dot.h"
 #include "kernels.h"
 
 namespace gw {
 namespace {
 
-template <class T, int NB, int MB>
-void block_out(const LinearWeight<T>& lw, int64_t row, const T* x, int64_t m0, int64_t k) {
-  float sums[NB][MB];
-  const T* inputs[MB];
-  for (int m = 0; m < MB; ++m) inputs[m] = x + (m0 + m) * k;
-  dot_block<T, NB, MB>(lw.weight + row * lw.row_stride, lw.row_stride, inputs, k, sums);
-  for (int m = 0; m < MB; ++m)
-    for (int n = 0; n < NB; ++n) {
-      float y = sums[n][m] + (lw.bias ? to_float(lw.bias[row + n]) : 0.0f);
-      lw.out[(m0 + m) * lw.n + row + n] = from_float<T>(y);
-    }
-}
+constexpr int64_t UNIT = 16;  // weight rows of one task: they stay in the first cache for all rows of x
 
-template <class T, int NB>
-void weight_rows(const LinearWeight<T>& lw, int64_t row, const T* x, int64_t m, int64_t k) {
-  int64_t at = 0;
-  for (; at + 4 <= m; at += 4) block_out<T, NB, 4>(lw, row, x, at, k);
-  if (at + 2 <= m) {
-    block_out<T, NB, 2>(lw, row, x, at, k);
-    at += 2;
+// Weight rows [first, last) for all rows of x; meanwhile the rows after them are asked for.
+template <class T>
+struct Task {
+  const LinearWeight<T>& lw;
+  const T* x;
+  int64_t m, k, first, last;
+  Ahead ahead;
+  Task(const LinearWeight<T>& lw, const T* x, int64_t m, int64_t k, int64_t first)
+      : lw(lw), x(x), m(m), k(k), first(first), last(std::min(first + UNIT, lw.n)) {
+    if (lw.row_stride != k) return;
+    ahead.at = reinterpret_cast<const char*>(lw.weight + last * k);
+    ahead.end = reinterpret_cast<const char*>(lw.weight + std::min(last + UNIT, lw.n) * k);
+    // UNIT rows of weights have UNIT lines for each step of a dot product, to be spread over the m rows of x.
+    ahead.bytes = (UNIT + m - 1) / m * 64;
   }
-  if (at < m) block_out<T, NB, 1>(lw, row, x, at, k);
+};
+
+// MB rows of x with NB weight rows.
+template <class T, int NB, int MB>
+void block_out(Task<T>& task, int64_t row, int64_t m0) {
+  const LinearWeight<T>& lw = task.lw;
+  const T* inputs[MB];
+  for (int m = 0; m < MB; ++m) inputs[m] = task.x + (m0 + m) * task.k;
+  alignas(64) float bias[LANES] = {};
+  for (int n = 0; lw.bias && n < NB; ++n)
+    for (int m = 0; m < MB; ++m) bias[m * NB + n] = to_float(lw.bias[row + n]);
+  alignas(64) T rounded[LANES];
+  store(rounded, add(dot_block<T, NB, MB>(lw.weight + row * lw.row_stride, lw.row_stride, inputs, task.k, task.ahead),
+                     load(bias)));
+  for (int m = 0; m < MB; ++m) std::memcpy(lw.out + (m0 + m) * lw.n + row, rounded + m * NB, NB * sizeof(T));
 }
 
-constexpr int64_t UNIT = 16;  // weight rows of one task
+// MB rows of x with all weight rows of a task: as many at once as there are accumulators for.
+template <class T, int MB>
+void input_rows(Task<T>& task, int64_t m0) {
+  constexpr int NB = MB == 3 ? 4 : LANES / MB;  // a divisor of UNIT
+  int64_t row = task.first;
+  for (; row + NB <= task.last; row += NB) block_out<T, NB, MB>(task, row, m0);
+  for (; row < task.last; ++row) block_out<T, 1, MB>(task, row, m0);
+}
+
+template <class T>
+void run(Task<T>& task) {
+  int64_t at = 0;
+  for (; at + 4 <= task.m; at += 4) input_rows<T, 4>(task, at);
+  switch (task.m - at) {
+    case 3: return input_rows<T, 3>(task, at);
+    case 2: return input_rows<T, 2>(task, at);
+    case 1: return input_rows<T, 1>(task, at);
+  }
+}
 
 }  // namespace
 
@@ -45,10 +75,8 @@ void linear_rows(const T* x, int64_t m, int64_t k, const LinearWeight<T>* weight
   for (int64_t unit = 0; unit < units; ++unit) {
     int64_t i = 0, local = unit;
     for (; local >= (weights[i].n + UNIT - 1) / UNIT; ++i) local -= (weights[i].n + UNIT - 1) / UNIT;
-    const LinearWeight<T>& lw = weights[i];
-    int64_t row = local * UNIT, end = row + UNIT < lw.n ? row + UNIT : lw.n;
-    for (; row + 4 <= end; row += 4) weight_rows<T, 4>(lw, row, x, m, k);
-    for (; row < end; ++row) weight_rows<T, 1>(lw, row, x, m, k);
+    Task<T> task(weights[i], x, m, k, local * UNIT);
+    run(task);
   }
 }
 

@@ -9,9 +9,8 @@
 namespace gw {
 namespace {
 
-constexpr int64_t DOT_UNIT = 16;   // outputs of one task
+constexpr int64_t DOT_UNIT = 16;   // outputs of one task: their weights stay in the first cache
 constexpr int64_t SUM_UNIT = 256;  // the same where memory is contiguous along the outputs
-constexpr int64_t ROWS = 32;       // rows that are taken through a task's weights before the next ones
 
 // What one task works on: some of an expert's outputs for all rows of its group.
 template <class T, class X>
@@ -39,25 +38,25 @@ int threads_for(const RoutedArgs<T>& a) {
 
 template <class T, int NB, int MB>
 void dots_out(const RoutedArgs<T>& a, const Task<T, T>& task, int64_t n0, int64_t m0) {
-  float sums[NB][MB];
   const T* inputs[MB];
   for (int m = 0; m < MB; ++m) inputs[m] = task.inputs[m0 + m];
-  dot_block<T, NB, MB>(task.weight + n0 * a.w_row, a.w_row, inputs, a.k, sums);
+  alignas(64) float sums[LANES];
+  Ahead nothing;
+  store(sums, dot_block<T, NB, MB>(task.weight + n0 * a.w_row, a.w_row, inputs, a.k, nothing));
   for (int m = 0; m < MB; ++m)
     for (int n = 0; n < NB; ++n) {
-      float y = sums[n][m] + (task.bias ? to_float(task.bias[n0 + n]) : 0.0f);
+      float y = sums[m * NB + n] + (task.bias ? to_float(task.bias[n0 + n]) : 0.0f);
       a.out[task.rows[m0 + m] * a.n + n0 + n] = from_float<T>(y);
     }
 }
 
-template <class T, int NB>
-void dots(const RoutedArgs<T>& a, const Task<T, T>& task, int64_t n0, int64_t m0, int64_t m_end) {
-  for (; m0 + 4 <= m_end; m0 += 4) dots_out<T, NB, 4>(a, task, n0, m0);
-  if (m0 + 2 <= m_end) {
-    dots_out<T, NB, 2>(a, task, n0, m0);
-    m0 += 2;
-  }
-  if (m0 < m_end) dots_out<T, NB, 1>(a, task, n0, m0);
+// MB rows with all outputs of a task.
+template <class T, int MB>
+void dots(const RoutedArgs<T>& a, const Task<T, T>& task, int64_t m0) {
+  constexpr int NB = LANES / MB;
+  int64_t n = task.first;
+  for (; n + NB <= task.last; n += NB) dots_out<T, NB, MB>(a, task, n, m0);
+  for (; n < task.last; ++n) dots_out<T, 1, MB>(a, task, n, m0);
 }
 
 // MB rows times NV vectors of outputs from n0 on, the last of them `width` lanes of outputs.
@@ -108,12 +107,10 @@ void routed_dots(const RoutedArgs<T>& a, const T* const* inputs) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < tasks; ++i) {
     const auto task = task_at(a, inputs, i, DOT_UNIT);
-    for (int64_t m = 0; m < task.count; m += ROWS) {
-      const int64_t m_end = m + ROWS < task.count ? m + ROWS : task.count;
-      int64_t n = task.first;
-      for (; n + 4 <= task.last; n += 4) dots<T, 4>(a, task, n, m, m_end);
-      for (; n < task.last; ++n) dots<T, 1>(a, task, n, m, m_end);
-    }
+    int64_t m = 0;
+    for (; m + 4 <= task.count; m += 4) dots<T, 4>(a, task, m);
+    for (; m + 2 <= task.count; m += 2) dots<T, 2>(a, task, m);
+    if (m < task.count) dots<T, 1>(a, task, m);
   }
 }
 

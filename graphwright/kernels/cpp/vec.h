@@ -71,6 +71,23 @@ inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
+// Lane i: the sum over x[i], added in an order that does not depend on i. Vectors are halved in pairs: 45
+// instructions for the 16 sums.
+inline Vec reduce_each(const Vec (&x)[16]) {
+  Vec quarter[4];  // block b of vector j: four partial sums of x[4 b + j]
+  for (int j = 0; j < 4; ++j) {
+    Vec half[2];
+    for (int i = 0; i < 2; ++i) {
+      const Vec &a = x[8 * i + j], &b = x[8 * i + 4 + j];
+      half[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    quarter[j] = add(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+  }
+  const Vec a = add(_mm512_unpacklo_ps(quarter[0], quarter[1]), _mm512_unpackhi_ps(quarter[0], quarter[1]));
+  const Vec b = add(_mm512_unpacklo_ps(quarter[2], quarter[3]), _mm512_unpackhi_ps(quarter[2], quarter[3]));
+  return add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+inline void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline Vec keep(uint32_t mask, Vec x, float other) {
   return _mm512_mask_blend_ps(__mmask16(mask), _mm512_set1_ps(other), x);
 }
@@ -123,6 +140,10 @@ inline float reduce_add(Vec x) {
     for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
   return x.v[0];
 }
+inline Vec reduce_each(const Vec (&x)[16]) {
+  Vec r; GW_EACH r.v[i] = reduce_add(x[i]); return r;
+}
+inline void prefetch(const char* p) { __builtin_prefetch(p); }
 inline float reduce_max(Vec x) {
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) x.v[i] = x.v[i] > x.v[i + half] ? x.v[i] : x.v[i + half];

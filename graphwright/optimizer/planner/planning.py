@@ -8,12 +8,14 @@ from typing import Any
 
 from graphwright.ir.errors import BudgetError, PassError
 from graphwright.ir.graph import Graph, module_path
+from graphwright.optimizer.draft_program import DraftGraph, draft_graph, with_draft
 from graphwright.optimizer.planner.menu import make_menu
 from graphwright.optimizer.planner.request import Plan, Planned, Request, to_decision
 from graphwright.optimizer.planner.store_kernels import kernel_family
 from graphwright.optimizer.report import Decision, Status
 from graphwright.passes.base import Pass, order_passes, parse_pass
 from graphwright.passes.chunk_prefill import ChunkPrefill
+from graphwright.passes.speculate import Speculate
 
 
 def plan_given(graph: Graph, passes: Sequence[str | Pass], request: Request) -> Planned:
@@ -138,12 +140,27 @@ def _planned(
     graph: Graph, applied: list[str], decisions: list[Decision], baseline: dict[str, Any], request: Request
 ) -> Planned:
     predicted = request.estimate(graph)
+    draft = draft_graph(graph, request.workload, request.target)
+    if draft is not None:
+        decisions = [
+            with_draft(d, graph, draft, request.workload, request.target) if _is_speculation(d) else d
+            for d in decisions
+        ]
     plan = Plan(
         tuple(applied),
         request.target.name,
         request.workload,
         request.budget,
         float(predicted["decode"]["seconds_per_token"]),
-        float(predicted["memory"]["total_bytes"]),
+        float(predicted["memory"]["total_bytes"]) + _draft_bytes(draft, graph, request),
     )
-    return Planned(graph, plan, decisions, predicted, baseline)
+    return Planned(graph, plan, decisions, predicted, baseline, draft=draft)
+
+
+def _is_speculation(decision: Decision) -> bool:
+    return decision.status is Status.APPLIED and isinstance(parse_pass(decision.pass_name), Speculate)
+
+
+def _draft_bytes(draft: DraftGraph | None, graph: Graph, request: Request) -> float:
+    """What a draft program stores beside the cache of the target's graph."""
+    return 0.0 if draft is None else float(draft.memory_bytes(graph, request.workload))

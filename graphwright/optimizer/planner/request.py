@@ -11,6 +11,7 @@ from graphwright.cost_model.target import Target
 from graphwright.cost_model.workload import Budget, Workload
 from graphwright.ir.graph import Graph
 from graphwright.optimizer.choice import Bounds
+from graphwright.optimizer.draft_program import DraftGraph
 from graphwright.optimizer.quality import Sensitivity
 from graphwright.optimizer.report import Decision, Status
 from graphwright.passes.base import Pass, SiteRecord
@@ -90,6 +91,7 @@ class Planned:
         decisions: every pass and site.
         predicted, baseline: of the rewritten graph and of the captured one.
         others: plans that were not chosen, fastest first: the front of plans and the runners-up.
+        draft: the program that the plan drafts with, if it has one.
     """
 
     graph: Graph
@@ -98,6 +100,7 @@ class Planned:
     predicted: dict[str, Any]
     baseline: dict[str, Any]
     others: list[Candidate] = field(default_factory=list)
+    draft: DraftGraph | None = None
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,15 @@ class _Batch:
         return (self.lengths - start).clamp(0, min(step, self.width - start))
 
     def run(self, program: Program, step: int) -> Iterator[torch.Tensor]:
-        """Logits ``[R, t, V]`` of each step after the prompt, through the program's own cache."""
+        """Logits ``[R, t, V]`` of each step after the prompt, through the program's own cache.
+
+        Without a prompt, the first step counts as one.
+        """
         state = program.allocate(len(self.lengths), self.width)
         if self.prompt:
             program.prefill(state, self.tokens[:, : self.prompt], torch.full_like(self.lengths, self.prompt))
+        else:
+            state.end_prompt(self.counts(0, step).tolist())
         for start in range(self.prompt, self.width, step):
             counts = self.counts(start, step)
             yield program.step(state, self.tokens[:, start : start + step].contiguous(), counts)

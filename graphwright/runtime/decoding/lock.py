@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from graphwright.ir.errors import ProgramBusyError
@@ -46,6 +46,15 @@ class ProgramLock:
                 yield
             finally:
                 self._owner = None
+
+
+@contextmanager
+def hold_all(call: str, *programs: Any) -> Iterator[None]:
+    """Hold several programs for one call; always taken in one order, so that calls do not wait in a ring."""
+    with ExitStack() as held:
+        for program in sorted(set(programs), key=id):
+            held.enter_context(ProgramLock.of(program).hold(call))
+        yield
 
 
 _REGISTRY_LOCK = threading.Lock()

@@ -7,6 +7,7 @@ the rest. Plain decoding is the case of empty drafts.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from graphwright.runtime.decoding.protocol import DecodingProgram, DecodingState
 from graphwright.runtime.decoding.rectify import dense_tokens, from_newest, until_pass, with_window
 from graphwright.runtime.decoding.request import Request
 from graphwright.runtime.decoding.transcript import Transcript
+from graphwright.runtime.residual import ResidualStream
 from graphwright.runtime.shared_prefix import tokens_to_share
 from graphwright.runtime.speculation import Speculation
 from graphwright.runtime.speculation.draft import NO_DRAFT, Draft
@@ -92,6 +94,9 @@ class DecodeLoop:
                 self.speculation.rule.begin(self.request.batch)
             self._decode(state, logits)
         finally:
+            if self.speculation is not None:
+                self.stats.speculation_off = self.speculation.drafter.stopped()
+                self.speculation.drafter.release()
             self.program.give_back(state)
         self.stats.tokens = sum(len(row) for row in self.transcript.tokens)
         return self.transcript
@@ -129,6 +134,7 @@ class DecodeLoop:
         drafts: list[Draft] = [NO_DRAFT] * request.batch
         rows = list(range(request.batch))
         step: StepTokens | None = None
+        stream: ResidualStream | None = None
         while True:
             verdicts = self._verifier.verify(logits, drafts, rows)
             transcript.append(rows, verdicts)
@@ -140,17 +146,23 @@ class DecodeLoop:
             if step is not None:
                 self._commit(state, step, rows, verdicts)
             if self.speculation is not None:
-                self._observe(self.speculation.drafter, logits, rows, drafts, verdicts)
+                started = time.perf_counter()
+                self._observe(self.speculation.drafter, logits, stream, rows, drafts, verdicts)
                 drafts = self._propose(state, going_on)
+                self._count_drafting(self.speculation, time.perf_counter() - started)
             rows = going_on
             dense = self._rewind(state, rows)
             step = self._step_tokens(rows, drafts)
+            stream = self._stream()
+            watched: dict[str, Any] = {} if stream is None else {"visit": stream}
             logits = program.step(
-                state, step.tokens, step.counts, depth=step.depth, tree=step.tree, dense=dense
+                state, step.tokens, step.counts, depth=step.depth, tree=step.tree, dense=dense, **watched
             )
             if dense is not None:
                 width = 1 + max(len(drafts[row].tokens) for row in rows)
                 logits = from_newest(logits, self._leads, width)
+                if stream is not None:
+                    stream.kept = [from_newest(kept, self._leads, width) for kept in stream.kept]
 
     def _rewind(self, state: Any, rows: list[int]) -> torch.Tensor | None:
         """Take back what rows run again densely; how many tokens of each row read everything, if any do."""
@@ -206,12 +218,20 @@ class DecodeLoop:
     def _observe(
         drafter: Drafter,
         logits: torch.Tensor,
+        stream: ResidualStream | None,
         rows: list[int],
         drafts: Sequence[Draft],
         verdicts: Sequence[Verdict],
     ) -> None:
         for row, verdict in zip(rows, verdicts, strict=True):
-            drafter.observe(row, Outcome(verdict.tokens, drafts[row], verdict.path, logits[row]))
+            hidden = [] if stream is None else [kept[row] for kept in stream.kept]
+            drafter.observe(row, Outcome(verdict.tokens, drafts[row], verdict.path, logits[row], hidden))
+
+    def _stream(self) -> ResidualStream | None:
+        """Takes the residual stream of the next step, if the drafter wants it."""
+        if self.speculation is None or not self.speculation.drafter.wants_hidden:
+            return None
+        return ResidualStream()
 
     def _propose(self, state: DecodingState, rows: list[int]) -> list[Draft]:
         """One draft a row, each within what may still be generated and what still fits the cache."""
@@ -241,9 +261,15 @@ class DecodeLoop:
             drafts[row] = draft
         return drafts
 
+    def _count_drafting(self, speculation: Speculation, seconds: float) -> None:
+        mine = self.stats.drafter(speculation.drafter.name)
+        mine.cycles += 1
+        mine.seconds += seconds
+
     def _count(self, rows: list[int], drafts: Sequence[Draft], verdicts: Sequence[Verdict]) -> None:
         self.stats.cycles += 1
         self.stats.row_steps += len(rows)
+        self.stats.tokens = sum(len(row) for row in self.transcript.tokens)
         if self.speculation is None:
             return
         mine = self.stats.drafter(self.speculation.drafter.name)

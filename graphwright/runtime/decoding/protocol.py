@@ -39,6 +39,10 @@ class DecodingState(Protocol):
         """Take back the last ``tokens[b]`` committed tokens of each row, to run them again."""
         ...
 
+    def end_prompt(self, prompts: Sequence[int] | None = None) -> None:
+        """The first ``prompts[b]`` tokens of each row are its prompt, by default all that there are."""
+        ...
+
     def room(self) -> list[int]:
         """Tokens that each row may run in one step and still compute what single steps would."""
         ...
@@ -93,6 +97,11 @@ class DecodingProgram(Protocol):
         """Run ``tokens [B, T]`` over the cache without committing them; logits ``[B, T, V]``.
 
         The first ``dense[b]`` tokens of a row read everything, where others select what they read.
+
+        Programs whose layers can be looked into take two more arguments, which only drafters that ask for it
+        use: ``skip``, layers to leave out, and ``visit``, called with the residual stream after each layer.
+        Their states have ``advance(tokens)`` and ``retreat()``: later steps read tokens that are uncommitted.
+        See :class:`~graphwright.runtime.program.Program` and :class:`~graphwright.runtime.storage.State`.
         """
         ...
 

@@ -29,6 +29,7 @@ _CONFIG: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dola_layers": (_given, _STOCK),
     "prompt_lookup_num_tokens": (_given, _SPECULATE),
     "assistant_early_exit": (_given, _SPECULATE),
+    "assistant_ensemble_weight": (_given, "it mixes the assistant's distribution into the output; " + _STOCK),
     "use_mtp": (_given, _SPECULATE),
     "speculation_type": (_given, _SPECULATE),
     "is_assistant": (_given, "a program cannot be an assistant of another model's generate()"),
@@ -46,8 +47,6 @@ _CONFIG: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 # Argument of generate() or forward() -> what to do instead.
 _ARGUMENTS: dict[str, str] = {
-    "assistant_model": _SPECULATE,
-    "assistant_tokenizer": _SPECULATE,
     "negative_prompt_ids": "classifier-free guidance is not supported; " + _STOCK,
     "negative_prompt_attention_mask": "classifier-free guidance is not supported; " + _STOCK,
     "custom_generate": "the program has its own decoding loop; " + _STOCK,

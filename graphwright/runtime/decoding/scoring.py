@@ -19,6 +19,9 @@ class ProgramCache(Cache):
     It counts *columns* as stock caches do (padding included), while the state inside holds each row's
     real tokens only. When it is full it grows by replaying the tokens into a state twice as large, which
     gives the same numbers; so it does after a crop that a sliding window cannot follow.
+
+    Attributes:
+        prompts: tokens of each row that count as its prompt; None before there are any.
     """
 
     def __init__(self, program: DecodingProgram, batch: int) -> None:
@@ -27,6 +30,7 @@ class ProgramCache(Cache):
         self.rows: list[list[int]] = [[] for _ in range(batch)]
         self.mask = torch.zeros((batch, 0), dtype=torch.bool, device=program.device)
         self.state: Any = None
+        self.prompts: list[int] | None = None
 
     def reserve(self, new: list[list[int]], spare: int) -> None:
         """Make room for ``new[b]`` more tokens in each row, allocating ``spare`` beyond when it must grow."""
@@ -39,8 +43,16 @@ class ProgramCache(Cache):
             room = max(min(room, program.max_positions), needed)
         state = program.allocate(len(self.rows), room)
         if any(self.rows):
+            state.end_prompt(self.prompts)
             program.prefill(state, *right_padded(self.rows, program.device))
+        else:
+            self.prompts = None
         self.state = state
+
+    def end_prompt(self, prompts: list[int]) -> None:
+        """What comes after the first ``prompts[b]`` tokens of each row counts as generated."""
+        self.prompts = prompts
+        self.state.end_prompt(prompts)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, padding included."""
@@ -59,6 +71,8 @@ class ProgramCache(Cache):
             except CapacityError:  # a window has dropped what is needed again: replay at the next call
                 self.state = None
             self.rows = [row[:length] for row, length in zip(self.rows, lengths.tolist(), strict=True)]
+            if self.prompts is not None:
+                self.prompts = [min(len(row), n) for row, n in zip(self.rows, self.prompts, strict=True)]
 
     def _refuse(self, name: str) -> NoReturn:
         raise UnsupportedGenerationError(
@@ -108,6 +122,7 @@ def run_tokens(
     where: str,
     fixed: int | None = None,
     spare: int = 0,
+    prompt: int | None = None,
 ) -> torch.Tensor:
     """Run each row's new tokens through the cache, ``chunk`` at a time, and commit them.
 
@@ -119,6 +134,7 @@ def run_tokens(
         chunk: tokens a step.
         fixed: most tokens a row may have, if the caller set a limit.
         spare: slots to allocate beyond what is needed now.
+        prompt: of tokens that begin their rows, how many count as a prompt; None: all of them.
 
     Returns:
         ``[B, len(wanted), V]``; zeros at padded positions.
@@ -128,7 +144,7 @@ def run_tokens(
     check_capacity(longest, 0, program.max_positions, fixed, where)
     try:
         cache.reserve(new, spare)
-        out = _run_chunks(cache, new, mask, wanted, chunk)
+        out = _run_chunks(cache, new, mask, wanted, chunk, prompt)
     except BaseException as error:
         # An interrupted pass must not leave half of its tokens in the caller's cache. A window may
         # already have dropped what going back needs, so the next call replays the tokens instead.
@@ -142,7 +158,12 @@ def run_tokens(
 
 
 def _run_chunks(
-    cache: ProgramCache, new: list[list[int]], mask: torch.Tensor, wanted: list[int], chunk: int
+    cache: ProgramCache,
+    new: list[list[int]],
+    mask: torch.Tensor,
+    wanted: list[int],
+    chunk: int,
+    prompt: int | None,
 ) -> torch.Tensor:
     """:func:`run_tokens` over a state that has room for them."""
     program = cache.program
@@ -150,6 +171,9 @@ def _run_chunks(
     out = torch.zeros((len(new), len(wanted), program.vocab_size), dtype=program.dtype, device=program.device)
     position = mask.long().cumsum(1) - 1  # [B, T]: which of its row's tokens a column holds
     columns = torch.tensor(wanted, dtype=torch.int64, device=program.device)
+    if cache.prompts is None:
+        most = tokens.shape[1] if prompt is None else prompt
+        cache.end_prompt([min(len(row), most) for row in new])
     position = torch.where(mask, position, -1)[:, columns]  # [B, K]
     for start in range(0, tokens.shape[1], chunk):
         part = tokens[:, start : start + chunk]

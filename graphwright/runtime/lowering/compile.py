@@ -19,7 +19,7 @@ from graphwright.runtime.lowering.split import Piece
 
 Runner = Callable[..., Any]
 # Plain arithmetic: opaque as custom ops, fused once their bodies are written out.
-EXPANDED = ("rms_norm", "layer_norm", "rotary", "linear", "slot_positions")
+EXPANDED = ("rms_norm", "layer_norm", "rotary", "linear", "slot_positions", "bypass")
 # One decode step is too little work to share between threads outside the kernels.
 _OPTIONS: dict[str, Any] = {
     "cpp.threads": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch.fx.node import Node
 
 from graphwright.ir.graph import Graph
 from graphwright.kernels.registry import REFERENCE
+from graphwright.runtime.lowering.blocks import LoweredBlocks, lowered_blocks
 from graphwright.runtime.lowering.compile import Runner, compile_piece, run_as_is
-from graphwright.runtime.lowering.fold import fold_parameters
+from graphwright.runtime.lowering.early_exit import LoweredExit, apart, exit_of, lowered_exit, rest_of
+from graphwright.runtime.lowering.fold import Folded, fold_parameters
 from graphwright.runtime.lowering.kernels import (
     KernelUse,
     expand_feed_forward,
@@ -44,6 +46,19 @@ class LoweringOptions:
 
 
 @dataclass
+class Made:
+    """What lowering made of one graph and can use for another over the same parameters.
+
+    Attributes:
+        folded: parameter expressions.
+        runners: pieces by their structure and by whether they were compiled.
+    """
+
+    folded: Folded = field(default_factory=Folded)
+    runners: dict[Hashable, Runner] = field(default_factory=dict)
+
+
+@dataclass
 class LoweredStep:
     """One step as calls over slots.
 
@@ -63,6 +78,10 @@ class LoweredStep:
         packed: the stores that are packed.
         summaries: of the pages that attention selects from.
         prefill_chunk: most tokens of a row in a step of a prompt; None where the plan does not say.
+        draft_passes: of a draft program, what made its graph of the target's.
+        blocks: the decoder layers that a step can leave out.
+        depth: by layer that some tokens pass by, the last generated token that uses it.
+        exit: where tokens can pass all further layers by, if they can.
     """
 
     inputs: dict[str, int]
@@ -80,20 +99,31 @@ class LoweredStep:
     packed: list[PackedLayout] = field(default_factory=list)
     summaries: list[SummaryLayout] = field(default_factory=list)
     prefill_chunk: int | None = None
+    draft_passes: tuple[str, ...] = ()
+    blocks: LoweredBlocks = field(default_factory=LoweredBlocks)
+    depth: dict[int, int] = field(default_factory=dict)
+    exit: LoweredExit | None = None
 
 
 def lower(
-    graph: Graph, device: torch.device, options: LoweringOptions, progress: Progress | None = None
+    graph: Graph,
+    device: torch.device,
+    options: LoweringOptions,
+    progress: Progress | None = None,
+    made: Made | None = None,
 ) -> LoweredStep:
     """Lower a copy of ``graph``; the graph itself stays as it is.
 
     Args:
         device: where the step runs; decides the kernels.
         progress: called with a label and the share that is done.
+        made: of other graphs over the same parameters, for this device; takes what is made here.
     """
+    made = Made() if made is None else made
+    rest = None if exit_of(graph) is None else lower(rest_of(graph), device, options, progress, made)
     graph = graph.copy()
     expand_feed_forward(graph)
-    prepared = fold_parameters(graph)
+    prepared = fold_parameters(graph, made.folded)
     group_linears(graph)
     fuse_rotary_appends(graph, device)
     fuse_appends(graph)
@@ -102,15 +132,18 @@ def lower(
     if computed:
         reason = "keys and values are computed from a packed store, a tile at a time: no kernel does that"
         kernels.append(KernelUse("packed_attention", REFERENCE, computed, reason))
-    pieces = split_layers(graph)
-    runners, distinct = _runners(pieces, options, progress)
-    step = _assemble(graph, pieces, runners)
+    pieces = split_layers(graph, apart(graph))
+    runners = _runners(pieces, options, progress, made.runners)
+    step = _assemble(graph, pieces, runners, rest)
     step.packed = packed_layouts(graph)
     step.summaries = summary_layouts(graph)
     step.prefill_chunk = graph.annotations.get("prefill_chunk")
+    step.depth = {int(layer): limit for layer, limit in graph.annotations.get("depth", {}).items()}
+    step.draft_passes = tuple(graph.annotations.get("draft_passes", ()))
     if device.type == "cuda":
         kernels += _packed_by_reference(step.packed)
     step.kernels, step.prepared_bytes = kernels, prepared
+    distinct = len({piece.structure for piece in pieces})
     step.structures, step.compiled = (distinct, len(pieces)), options.compile
     return step
 
@@ -122,21 +155,23 @@ def _packed_by_reference(layouts: Sequence[PackedLayout]) -> list[KernelUse]:
 
 
 def _runners(
-    pieces: Sequence[Piece], options: LoweringOptions, progress: Progress | None
-) -> tuple[list[Runner], int]:
-    made: dict[Any, Runner] = {}
-    runners = []
-    total = len({piece.structure for piece in pieces})
-    for piece in pieces:
-        if piece.structure not in made:
-            if progress is not None:
-                progress(f"compiling piece {len(made) + 1} of {total}", len(made) / total)
-            made[piece.structure] = compile_piece(piece) if options.compile else run_as_is(piece)
-        runners.append(made[piece.structure])
-    return runners, len(made)
+    pieces: Sequence[Piece],
+    options: LoweringOptions,
+    progress: Progress | None,
+    made: dict[Hashable, Runner],
+) -> list[Runner]:
+    missing = {piece.structure: piece for piece in pieces if (options.compile, piece.structure) not in made}
+    for number, (structure, piece) in enumerate(missing.items()):
+        if progress is not None:
+            progress(f"compiling piece {number + 1} of {len(missing)}", number / len(missing))
+        runner = compile_piece(piece) if options.compile else run_as_is(piece)
+        made[options.compile, structure] = runner
+    return [made[options.compile, piece.structure] for piece in pieces]
 
 
-def _assemble(graph: Graph, pieces: list[Piece], runners: list[Runner]) -> LoweredStep:
+def _assemble(
+    graph: Graph, pieces: list[Piece], runners: list[Runner], rest: LoweredStep | None
+) -> LoweredStep:
     slot: dict[Node, int] = {}
     values: list[Any] = []
 
@@ -171,4 +206,6 @@ def _assemble(graph: Graph, pieces: list[Piece], runners: list[Runner]) -> Lower
         structures=(0, 0),
         prepared_bytes=0,
         compiled=False,
+        blocks=lowered_blocks(graph, pieces, slot),
+        exit=None if rest is None else lowered_exit(graph, pieces, slot, rest),
     )

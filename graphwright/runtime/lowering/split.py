@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +30,14 @@ class Piece:
     structure: tuple[Any, ...] = field(repr=False)
 
 
-def split_layers(graph: Graph) -> list[Piece]:
-    """Pieces in execution order: before the layers, each layer, after the layers."""
+def split_layers(graph: Graph, apart: Mapping[Node, str] | None = None) -> list[Piece]:
+    """Pieces in execution order: before the layers, each layer, after the layers.
+
+    Args:
+        apart: nodes that are pieces of their own, by the name of the piece.
+    """
     nodes = [n for n in graph.nodes if n.op == "call_function" and _carries_data(n)]
-    layers = [layer_of(n) for n in nodes]
+    layers = [(apart or {}).get(n) or layer_of(n) for n in nodes]
     last = max((i for i, layer in enumerate(layers) if layer is not None), default=len(nodes))
     groups: list[list[Node]] = []
     current: Any = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graphwright.ir.errors import InputError
+from graphwright.ir.speculation import LOSSY_VERIFIERS
 from graphwright.runtime.speculation.draft import NO_DRAFT, Draft
 from graphwright.runtime.speculation.drafter import (
     Drafter,
@@ -41,7 +42,8 @@ class Speculation:
 
     Raises:
         InputError: no tokens to draft; the drafter guesses one path only, or the verifier verifies one only,
-            and the tree has several.
+            and the tree has several; or the verifier has to know the number of draws, and the tree does not
+            settle it beforehand.
     """
 
     def __init__(
@@ -73,6 +75,13 @@ class Speculation:
                 where="Speculation",
                 hint="use verifier=recursive, or tree=chain",
             )
+        if self.verifier.replacement and not self.tree.settled:
+            raise InputError(
+                f"verifier {self.verifier} has to know how many draws there are below a token before the "
+                f"first; tree {self.tree} decides draw by draw",
+                where="Speculation",
+                hint="use verifier=recursive, or a tree of fixed shape",
+            )
 
     def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
         """A draft of at most ``budget[i]`` tokens for each of ``rows``."""
@@ -96,14 +105,22 @@ def make_speculation(chosen: Mapping[str, Any]) -> Speculation:
     """A speculation from plain options, as the ``speculate`` pass records them.
 
     Raises:
-        InputError: there is no such part, or the parts do not go together.
+        InputError: there is no such part, the parts do not go together, or the verifier is lossy and the pass
+            does not know.
     """
     automatic = chosen.get("verifier", "auto") == "auto"
+    verifier = None if automatic else VERIFIERS.parse(chosen["verifier"])
+    if verifier is not None and not verifier.exact and verifier.name not in LOSSY_VERIFIERS:
+        raise InputError(
+            f"verifier {verifier} is lossy, and the speculate pass would not say so",
+            where="speculate{verifier=...}",
+            hint="build a Speculation yourself and hand it to OptimizedModel",
+        )
     return Speculation(
         parse_drafter(chosen["drafter"]),
         RULES.parse(chosen.get("rule", "fixed")),
         tree=TREES.parse(chosen.get("tree", "chain")),
-        verifier=None if automatic else VERIFIERS.parse(chosen["verifier"]),
+        verifier=verifier,
         tokens=chosen["tokens"],
     )
 

@@ -87,9 +87,7 @@ class DraftRates:
         return float(brentq(lambda chance: expected_tokens(chance, self.verified) - mean, 0.0, 1.0))
 
 
-def measure_drafts(
-    speculation: Speculation, rows: Sequence[Text | tuple[list[int], list[int]]]
-) -> DraftRates:
+def measure_drafts(speculation: Speculation, rows: Sequence[Text]) -> DraftRates:
     """Replay decoding as if the model had written each row: draft, compare and observe cycle by cycle.
 
     Where a text says what the model thought likely, the drafter is shown that for the tokens that were

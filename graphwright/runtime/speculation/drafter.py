@@ -109,6 +109,19 @@ class Drafter(Part, ABC):
         """Tokens per draft when no length rule is given."""
         return 8
 
+    def draft_passes(self) -> tuple[str, ...]:
+        """Passes that make the draft program's graph of the target's: ``Program.draft`` runs it over the
+        target's cache. Default: none, there is no such program.
+        """
+        return ()
+
+    def stopped(self) -> str | None:
+        """Why a row of this generation went without drafts, for the statistics. Default: None."""
+        return None
+
+    def release(self) -> None:
+        """The generation is over: give back what was borrowed for it. Default: nothing."""
+
 
 class PathDrafter(Drafter):
     """A drafter that can say what follows any path: a tree grows its drafts."""

@@ -8,12 +8,18 @@ from typing import Any
 
 @dataclass
 class DraftStats:
-    """What one drafter proposed and what was kept of it."""
+    """What one drafter proposed and what was kept of it.
+
+    ``seconds`` is the host's time in the drafter, over ``cycles`` in which it was asked: guessing, and taking
+    notes of what was verified.
+    """
 
     drafts: int = 0
     draft_tokens: int = 0
     accepted: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
+    cycles: int = 0
+    seconds: float = 0.0
 
     def record(self, proposed: int, accepted: int) -> None:
         """One row's draft of ``proposed`` tokens had a path of ``accepted`` tokens kept."""
@@ -31,13 +37,15 @@ class DraftStats:
         self.drafts += other.drafts
         self.draft_tokens += other.draft_tokens
         self.accepted += other.accepted
+        self.cycles += other.cycles
+        self.seconds += other.seconds
         mine, theirs = self.accepted_per_position, other.accepted_per_position
         mine.extend([0] * (len(theirs) - len(mine)))
         for position, count in enumerate(theirs):
             mine[position] += count
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts, the share of draft tokens accepted, and mean tokens a drafted step yields."""
+        """Counts, the share of draft tokens accepted, mean tokens a drafted step yields, and overhead."""
         return {
             "drafts": self.drafts,
             "draft_tokens": self.draft_tokens,
@@ -45,6 +53,7 @@ class DraftStats:
             "accepted_per_position": list(self.accepted_per_position),
             "acceptance_rate": self.accepted / self.draft_tokens if self.draft_tokens else 0.0,
             "mean_acceptance_length": 1.0 + self.accepted / self.drafts if self.drafts else 1.0,
+            "drafting_seconds_per_cycle": self.seconds / self.cycles if self.cycles else 0.0,
         }
 
 

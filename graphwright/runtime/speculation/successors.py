@@ -16,9 +16,12 @@ class Successors(ABC):
 
     Attributes:
         law: the distribution ``[V]`` that :meth:`take` draws from; None where candidates are listed.
+        independent: draws do not depend on those before and may repeat one. What verifies them counts on
+            their number, which has to be settled before the first.
     """
 
     law: torch.Tensor | None = None
+    independent: bool = False
 
     @abstractmethod
     def ahead(self) -> float:
@@ -26,7 +29,7 @@ class Successors(ABC):
 
     @abstractmethod
     def take(self) -> tuple[int, float]:
-        """The next candidate and its chance. Only while :meth:`ahead` is above 0."""
+        """The next candidate and its chance; only while :meth:`ahead` is above 0 or draws are independent."""
 
 
 class Ranked(Successors):
@@ -56,14 +59,14 @@ NOTHING = Ranked((), ())
 class DrawnWithoutReplacement(Successors):
     """Candidates drawn one after the other from what is left of a distribution.
 
-    Before a draw its chance is taken to be the mass that is left, as in DySpec (section 4): a drafted token's
+    Before a draw its chance is taken to be the mass that is left, as in DySpec: a drafted token's
     probability estimates that of its acceptance.
 
     Args:
         law: ``[V]`` the distribution.
 
     Source: Jeon et al. 2024, "Recursive Speculative Decoding" (sampling without replacement); Chen et al.
-    2024, "Sequoia", algorithm 2.
+    2024, "Sequoia" (its verification).
     """
 
     def __init__(self, law: torch.Tensor) -> None:
@@ -91,6 +94,8 @@ class DrawnWithReplacement(Successors):
 
     Source: Sun et al. 2023, "SpecTr"; Miao et al. 2023, "SpecInfer".
     """
+
+    independent = True
 
     def __init__(self, law: torch.Tensor) -> None:
         self.law = law

@@ -61,6 +61,6 @@ register_method(
         default_bits=8,
         page=128,
         recent=128,
-        note="storage only: drafting from the upper half is for speculation to do; weights stay as they are",
+        note="the drafter quantspec reads the upper half alone; weights stay as they are",
     )
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from graphwright.runtime.speculation.growing import Growing, Growth
 from graphwright.runtime.speculation.trees.tree import Tree, tree
@@ -15,6 +16,8 @@ class Chain(Tree):
 
     Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding".
     """
+
+    settled: ClassVar[bool] = True
 
     def grow(self, growing: Growing, budget: int, floor: float) -> Growth:
         node = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from graphwright.runtime.speculation.growing import Growing, Growth
 from graphwright.runtime.speculation.parts import Part, Registry
@@ -15,6 +15,10 @@ class Tree(Part, ABC):
 
     A dataclass; its fields are its options. It keeps nothing from one draft to the next.
     """
+
+    #: How many candidates are drawn below a token is settled before the first of them, and does not depend on
+    #: what is below them. Rules that want independent draws verify no other trees.
+    settled: ClassVar[bool] = False
 
     @abstractmethod
     def grow(self, growing: Growing, budget: int, floor: float) -> Growth:

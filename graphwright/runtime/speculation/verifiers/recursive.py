@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from graphwright.runtime.speculation.verifiers.sampling_rule import SamplingRule, verifier
+from graphwright.runtime.speculation.verifiers.sampling_rule import (
+    SamplingRule,
+    accepts,
+    draw,
+    residual,
+    verifier,
+)
 
 
 @verifier("recursive")
@@ -19,20 +25,17 @@ class Recursive(SamplingRule):
     kept with probability min(1, p(x) / q(x)); otherwise p becomes the normalized max(p - q, 0). The last p is
     drawn from where none is kept. With one draw this is rejection sampling.
 
-    Source: Jeon et al. 2024, "Recursive Speculative Decoding", section 3; Chen et al. 2024, "Sequoia",
-    algorithm 2; Yang et al. 2024, "Multi-Candidate Speculative Decoding".
+    Source: Jeon et al. 2024, "Recursive Speculative Decoding"; Chen et al. 2024, "Sequoia" (its
+    verification); Yang et al. 2024, "Multi-Candidate Speculative Decoding".
     """
 
     def pick(self, p: torch.Tensor, q: torch.Tensor | None, drawn: Sequence[int]) -> int:
         assert q is not None
         left = q.clone()
         for token in drawn:
-            left = left / left.sum()
-            if float(torch.rand((), device=p.device)) * float(left[token]) < float(p[token]):
+            left /= left.sum()
+            if accepts(p[token] / left[token]):
                 return token
-            rest = (p - left).clamp_(min=0.0)
-            if not bool(rest.sum() > 0):  # p equals what was drawn from up to rounding
-                break
-            p = rest / rest.sum()
+            p = residual(p, left)
             left[token] = 0.0
-        return int(torch.multinomial(p, 1))
+        return draw(p)

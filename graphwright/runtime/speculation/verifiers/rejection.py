@@ -8,7 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from graphwright.runtime.speculation.verifiers.sampling_rule import SamplingRule, residual_draw, verifier
+from graphwright.runtime.speculation.verifiers.sampling_rule import (
+    SamplingRule,
+    accepts,
+    draw,
+    residual,
+    verifier,
+)
 
 
 @verifier("rejection")
@@ -25,6 +31,4 @@ class Rejection(SamplingRule):
     def pick(self, p: torch.Tensor, q: torch.Tensor | None, drawn: Sequence[int]) -> int:
         assert q is not None
         (token,) = drawn
-        if float(torch.rand((), device=p.device)) * float(q[token]) < float(p[token]):
-            return token
-        return residual_draw(p, q)
+        return token if accepts(p[token] / q[token]) else draw(residual(p, q))

@@ -21,7 +21,8 @@ class SamplingRule(Part, ABC):
 
     #: Tokens follow the target's distribution exactly; otherwise the pass is lossy.
     exact: ClassVar[bool] = True
-    #: Siblings have to be drawn with replacement.
+    #: Siblings have to be drawn with replacement, and their number settled before the first: trees that
+    #: are :attr:`~graphwright.runtime.speculation.trees.tree.Tree.settled` only.
     replacement: ClassVar[bool] = False
     #: Verifies one draw below each token: chains only.
     single: ClassVar[bool] = False
@@ -50,7 +51,18 @@ def verifier(name: str) -> Callable[[_R], _R]:
     return VERIFIERS.register(name)
 
 
-def residual_draw(p: torch.Tensor, q: torch.Tensor) -> int:
-    """A draw from the normalized ``max(p - q, 0)``; from p if nothing is left (p = q up to rounding)."""
+def accepts(chance: torch.Tensor) -> bool:
+    """True with probability ``min(1, chance)``."""
+    return bool(torch.bernoulli(chance.clamp(max=1.0)))
+
+
+def draw(p: torch.Tensor) -> int:
+    """A draw from ``p``, which need not be normalized."""
+    return int(torch.multinomial(p, 1))
+
+
+def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """``max(p - q, 0)``, normalized; p if nothing is left (p = q up to rounding)."""
     left = (p - q).clamp_(min=0.0)
-    return int(torch.multinomial(left if bool(left.sum() > 0) else p, 1))
+    mass = left.sum()
+    return left / mass if bool(mass > 0) else p
