@@ -15,7 +15,7 @@ from graphwright.passes.base import StepShape
 from graphwright.passes.speculate import Speculate
 from graphwright.runtime.model import OptimizedModel
 from graphwright.runtime.program import Program
-from graphwright.runtime.speculation import Speculation, make_speculation
+from graphwright.runtime.speculation import make_speculation
 from graphwright.runtime.speculation.acceptance import Likeliest, Text, measure_drafts
 from graphwright.runtime.speculation.drafter import drafter_classes
 
@@ -24,7 +24,7 @@ CONTINUATION = 384
 # Writing stops after this long: a large model's text is judged by its beginning.
 _WRITING_SECONDS = 10.0
 _PROMPTS, _PROMPT_TOKENS = 4, 2048
-_CONFIRM_PROMPT, _CONFIRM_TOKENS = 1024, 64
+_CONFIRM_PROMPT, _CONFIRM_BATCHES = 1024, 3
 
 # How much of each distribution is kept of what the program writes.
 _LIKELIEST = 8
@@ -162,29 +162,55 @@ class Tried(NamedTuple):
 
 
 def try_drafts(
-    model: PreTrainedModel, program: Program, drafts: Speculate, prompts: Sequence[Sequence[int]], batch: int
+    model: PreTrainedModel,
+    program: Program,
+    drafts: Speculate,
+    prompts: Sequence[Sequence[int]],
+    batch: int,
+    tokens: int = 64,
 ) -> Tried:
     """Generate with and without drafts.
 
-    Both sides generate from the same prompts, greedily and without end tokens; what they share cancels.
+    Both sides generate from the same prompts, greedily and without end tokens; what they share cancels. No
+    prompt is drafted for twice: some drafters remember what they wrote.
+
+    Args:
+        prompts: token ids; up to three batches of different ones are taken, the last 1,024 tokens of each.
+        tokens: to write after each.
     """
-    rows = [list(prompts[index % len(prompts)])[-_CONFIRM_PROMPT:] for index in range(batch)]
-    width, tokens = min(map(len, rows)), _CONFIRM_TOKENS
-    if program.max_positions is not None:  # room for what is generated, at the expense of a long prompt
-        width = max(1, min(width, program.max_positions - tokens))
-        tokens = min(tokens, program.max_positions - width)
-    ids = torch.tensor([row[-width:] for row in rows], device=program.device)
+    config = copy.deepcopy(model.generation_config)
+    config.eos_token_id = None
+    sides = [
+        OptimizedModel(program, config=model.config, generation_config=config, speculation=speculation)
+        for speculation in (None, make_speculation(drafts.options()))
+    ]
+    batches = _batches(prompts, batch, tokens, program.max_positions)
 
-    def generate(speculation: Speculation | None) -> tuple[float, dict[str, Any]]:
-        config = copy.deepcopy(model.generation_config)
-        config.eos_token_id = None
-        fast = OptimizedModel(program, config=model.config, generation_config=config, speculation=speculation)
+    def seconds(side: int, ids: torch.Tensor, new: int) -> float:
         started = time.perf_counter()
-        fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-        return time.perf_counter() - started, fast.stats()["last"]
+        ids = ids.to(program.device)
+        mask = torch.ones_like(ids)
+        sides[side].generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+        return time.perf_counter() - started
 
-    chosen = make_speculation(drafts.options())
-    generate(None)  # the first call of a program pays for what later ones find warm
-    sides = (None, chosen, chosen, None)  # neither side always comes first
-    (plain, _), (drafted, _), (again, stats), (last, _) = map(generate, sides)
-    return Tried((plain + last - drafted - again) / (2 * tokens), stats)
+    seconds(0, *batches[0])  # the first call of a program pays for what later ones find warm
+    took = [0.0, 0.0]
+    for index, (ids, new) in enumerate(batches):
+        for side in (0, 1) if index % 2 else (1, 0):  # neither always comes first
+            took[side] += seconds(side, ids, new)
+    return Tried((took[0] - took[1]) / sum(new for _, new in batches), sides[1].stats())
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], batch: int, tokens: int, positions: int | None
+) -> list[tuple[torch.Tensor, int]]:
+    """Ids ``[batch, L]`` of different prompts, and how many tokens there is room for behind them."""
+    found = []
+    for start in range(0, min(len(prompts), _CONFIRM_BATCHES * batch), batch):
+        rows = [list(prompts[(start + i) % len(prompts)])[-_CONFIRM_PROMPT:] for i in range(batch)]
+        width, new = min(map(len, rows)), tokens
+        if positions is not None:  # room for what is generated, at the expense of a long prompt
+            width = max(1, min(width, positions - new))
+            new = min(new, positions - width)
+        found.append((torch.tensor([row[-width:] for row in rows]), new))
+    return found

@@ -33,6 +33,9 @@ from graphwright.passes.base import parse_pass
 from graphwright.passes.speculate import Speculate
 from graphwright.runtime.speculation.acceptance import Text
 
+# A trial writes so many tokens, or more for as long as plain steps take this time.
+_LEAST_TRIED, _TRIED_SECONDS = 64, 3.0
+
 #: Tokens of the steps whose times length rules are told.
 _COSTED = (1, 2, 4, 8, 16, 32)
 
@@ -64,7 +67,9 @@ class _Race:
         return self.per_token < (1 - NOISE) * self.plain
 
     def of(self, drafts: Speculate) -> float:
-        """What these drafts take, as they would be accepted."""
+        """What these drafts take, as they would be accepted; a failed trial of the best speaks for all."""
+        if self.tried is not None and not self.pays:
+            return self.per_token
         alike = [took for other, took in self.seconds.items() if other.options() == drafts.options()]
         return self.per_token if same_drafts(drafts, self.best) or not alike else alike[0]
 
@@ -87,7 +92,8 @@ def settle_drafts(
     race = _race(settled, request, candidates, texts)
     if prompts and race.pays:
         program = settled.built.program
-        race.tried = try_drafts(model, program, race.best, prompts, request.workload.batch)
+        tokens = min(request.workload.generate, max(_LEAST_TRIED, int(_TRIED_SECONDS / race.plain)))
+        race.tried = try_drafts(model, program, race.best, prompts, request.workload.batch, tokens)
         race.per_token = race.plain - race.tried.saved
     if chosen is not None:
         settled.times[settled.built.planned.plan.passes] = race.of(chosen)

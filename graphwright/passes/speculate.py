@@ -141,8 +141,8 @@ class Speculate(Pass):
         hits = "" if self.hit_rate == 1 else f" in {self.hit_rate:.0%} of the cycles"
         note = (
             f"{price['tokens_per_cycle']:.2f} tokens a cycle at acceptance {self.acceptance:g}{hits}; "
-            f"a step with {self.priced_tokens + 1} tokens takes {price['verify_seconds'] * 1e3:.3g} ms, one with a "
-            f"single token {price['decode_seconds'] * 1e3:.3g} ms: {price['speedup']:.2f}x"
+            f"a step with {self.priced_tokens + 1} tokens takes {price['verify_seconds'] * 1e3:.3g} ms, "
+            f"one with a single token {price['decode_seconds'] * 1e3:.3g} ms: {price['speedup']:.2f}x"
         )
         return CostDelta(price["seconds_per_token"] - price["decode_seconds"], 0.0, note)
 

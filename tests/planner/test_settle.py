@@ -216,8 +216,8 @@ def test_what_is_undone_is_neither_planned_nor_saved(
     monkeypatch.setattr(base, "_REGISTRY", registered_passes() | {"compile_layers": CompileLayers})
     lower = build.lower
 
-    def pretend(graph: Any, device: torch.device, options: LoweringOptions) -> Any:
-        return replace(lower(graph, device, LoweringOptions(compile=False)), compiled=options.compile)
+    def pretend(graph: Any, device: torch.device, options: LoweringOptions, **shared: Any) -> Any:
+        return replace(lower(graph, device, LoweringOptions(compile=False), **shared), compiled=options.compile)
 
     monkeypatch.setattr(build, "lower", pretend)
     built: list[bool] = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from graphwright.ir.errors import InputError
 from graphwright.runtime.speculation.calibration import Candidate, Tally
@@ -38,6 +39,10 @@ class MixDrafter(PathDrafter):
     Source: "Draft Less, Retrieve More: Hybrid Tree Construction for Speculative Decoding" (Graft), whose
     prune-then-graft order this is without its thresholds: one order by chance does both.
     """
+
+    proposals: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {"tokens": 16, "tree": "greedy(hope=1)", "rule": "goodput"},
+    )
 
     sources: str = "suffix+recycling"
     breadth: int = 4

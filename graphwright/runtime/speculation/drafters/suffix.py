@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from graphwright.ir.errors import InputError
 from graphwright.runtime.speculation.automaton import NO_MATCH, Match, SuffixAutomaton
@@ -51,6 +52,11 @@ class SuffixDrafter(Follower[Place]):
     "SuffixDecoding: A Model-Free Approach to Speeding Up Large Language Model Inference" (earlier outputs,
     chances from counts).
     """
+
+    proposals: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {"tokens": 16, "rule": "goodput"},
+        {"tokens": 16, "tree": "greedy(hope=1)", "rule": "goodput"},
+    )
 
     breadth: int = 3
     memory: int = 32768
