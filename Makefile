@@ -21,7 +21,7 @@ WITH_CPU_ENV = set -a; . $(abspath $(CPU_ENV)); set +a;
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test lint bench bench-kv bench-sparse bench-gpu format clean
+.PHONY: help setup demo test lint bench bench-kv bench-sparse bench-speculation bench-gpu format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 16
@@ -63,6 +63,10 @@ bench-kv: $(STAMP) $(MODEL_DIR)/$(MODEL_FILE)  ## what packed caches lose, save 
 	@$(WITH_CPU_ENV) $(BIN)/python benchmarks/kv_quality.py --model $(MODEL_DIR) --gguf $(MODEL_FILE) \
 		--out benchmarks/results/kv_quality.json
 	@$(BIN)/python benchmarks/kv_report.py benchmarks/results/kv_quality.json
+
+bench-speculation: $(STAMP) $(MODEL_DIR)/$(MODEL_FILE)  ## drafts on conversations: DATA="spec_bench.jsonl humaneval.jsonl"
+	@$(WITH_CPU_ENV) $(BIN)/python benchmarks/speculation.py --model $(MODEL_DIR) --gguf $(MODEL_FILE) \
+		--data $(DATA) --json benchmarks/results/speculation.json
 
 bench-sparse: $(STAMP) $(MODEL_DIR)/$(MODEL_FILE)  ## what selected pages and evicted caches lose
 	@$(WITH_CPU_ENV) $(BIN)/python benchmarks/sparse_quality.py --model $(MODEL_DIR) --gguf $(MODEL_FILE) \

@@ -93,9 +93,12 @@ class _FirstToken:
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def run_choice(sides: Sides, chosen: Speculation | None, categories: dict[str, list[Conversation]]) -> Any:
+Make = Callable[[], Speculation | None]
+
+
+def run_choice(sides: Sides, make: Make, categories: dict[str, list[Conversation]]) -> Any:
     """Plain against drafted decoding by category, alternating which goes first."""
-    rows = {}
+    rows, chosen = {}, make()
     for name, conversations in categories.items():
         prompts = [ids for one in conversations for ids in _turns(sides, one)]
         rows[name] = _compare(sides, chosen, [[ids] for ids in prompts])
@@ -104,13 +107,11 @@ def run_choice(sides: Sides, chosen: Speculation | None, categories: dict[str, l
     return {"categories": rows, "mean": statistics.mean(ratios), "least": min(ratios)}
 
 
-def run_batch(
-    sides: Sides, chosen: Speculation | None, categories: dict[str, list[Conversation]], batch: int
-) -> Any:
+def run_batch(sides: Sides, make: Make, categories: dict[str, list[Conversation]], batch: int) -> Any:
     """The same with first turns of all categories, ``batch`` rows at a time."""
     prompts = [sides.prompt(one.turns[:1]) for some in categories.values() for one in some]
     groups = [prompts[start : start + batch] for start in range(0, len(prompts) - batch + 1, batch)]
-    return _compare(sides, chosen, groups)
+    return _compare(sides, make(), groups)
 
 
 def _turns(sides: Sides, one: Conversation) -> Iterator[list[int]]:
@@ -177,11 +178,9 @@ def _name(options: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
-def run_lookup(
-    sides: Sides, model: Any, chosen: Speculation | None, categories: dict[str, list[Conversation]]
-) -> Any:
+def run_lookup(sides: Sides, model: Any, make: Make, categories: dict[str, list[Conversation]]) -> Any:
     """The planner's choice beside stock transformers with prompt lookup; one first turn a category."""
-    seconds, tokens = [0.0, 0.0], [0, 0]
+    seconds, tokens, chosen = [0.0, 0.0], [0, 0], make()
     for conversations in categories.values():
         ids = sides.prompt(conversations[0].turns[:1])
         (ours,), took = sides.generate([ids], chosen)
@@ -220,14 +219,16 @@ def optimize(
     return gw.optimize(model, target="cpu", workload=workload, calibration=prompts)
 
 
-def chosen_speculation(fast: Any) -> tuple[Speculation | None, dict[str, Any]]:
-    """What the planner chose, and why."""
+def chosen_speculation(fast: Any) -> tuple[Make, dict[str, Any]]:
+    """What the planner chose, anew each time (drafters remember what they wrote), and why."""
+    options = fast.graph.annotations.get("speculation")
     reasons = [
         f"{d.pass_name}: {d.status.value}: {d.reason}"
         for d in fast.report.decisions
         if d.pass_name.startswith("speculate")
     ]
-    return fast.speculation, {"passes": list(fast.plan.passes), "reasons": reasons}
+    about = {"passes": list(fast.plan.passes), "reasons": reasons}
+    return lambda: None if options is None else make_speculation(options), about
 
 
 def main() -> None:
@@ -265,7 +266,7 @@ def _batch(
     fast = optimize(model, tokenizer, options, spare, options.batch)
     chosen, about = chosen_speculation(fast)
     sides = Sides(fast, tokenizer, options.new_tokens)
-    if chosen is None:
+    if chosen() is None:
         return {"chosen": about, "ratio": 1.0}
     return {"chosen": about, **run_batch(sides, chosen, measured, options.batch)}
 
