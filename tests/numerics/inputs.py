@@ -260,6 +260,58 @@ def binary_tree(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([masks[:tokens]] * batch), torch.tensor(depths[:tokens])
 
 
+def random_trees(arguments: dict[str, Any], depth_first: float = 0.6) -> dict[str, Any]:
+    """The arguments of an attention op with a random tree for each row.
+
+    Args:
+        arguments: those of a chain.
+        depth_first: how likely a token follows the one before it, and not just any.
+    """
+    batch, tokens = arguments["positions"].shape
+    masks = torch.ones(batch, tokens, dtype=torch.int64)
+    depths = torch.zeros_like(masks)
+    for row in range(batch):
+        for t in range(1, tokens):
+            parent = t - 1 if torch.rand(()) < depth_first else int(torch.randint(t, ()))
+            masks[row, t] = masks[row, parent] | 1 << t
+            depths[row, t] = depths[row, parent] + 1
+    return {**arguments, "tree": masks, "positions": arguments["positions"][:, :1] + depths}
+
+
+def paths(arguments: dict[str, Any]) -> Iterator[tuple[int, int, list[int]]]:
+    """Each token of each row's tree: the row, the token, and its ancestors with itself."""
+    for row, count in enumerate(arguments["counts"].tolist()):
+        for t in range(count):
+            mask = int(arguments["tree"][row, t])
+            yield row, t, [column for column in range(t + 1) if mask >> column & 1]
+
+
+OF_ROWS = ("q", "k", "v", "keys", "values", "slots", "positions", "lengths", "counts", "pages", "chosen")
+
+
+def path_step(arguments: dict[str, Any], row: int, path: list[int]) -> dict[str, Any]:
+    """The step of one row whose tokens are a path of its tree, as a chain; caches are copied as they are."""
+    own = dict(arguments)
+    for name in set(OF_ROWS) & set(own):
+        x = own[name]
+        own[name] = [y[row : row + 1] for y in x] if isinstance(x, list) else x[row : row + 1].clone()
+    for name in {"q", "k", "v"} & set(own):
+        own[name] = own[name][:, :, path]
+    for name in {"pages", "chosen"} & set(own):
+        own[name] = own[name][:, path]
+    own["positions"] = own["positions"][:, :1] + torch.arange(len(path))
+    own["counts"], own["tree"] = torch.tensor([len(path)]), torch.zeros(1, 0, dtype=torch.int64)
+    return own
+
+
+def move_path(store: torch.Tensor, lengths: torch.Tensor, path: list[int]) -> torch.Tensor:
+    """A store ``[1, G, S, D]`` whose step's tokens are the path's."""
+    moved, slots = store.clone(), store.shape[2]
+    to, come = (int(lengths) + torch.tensor(columns) for columns in (range(len(path)), path))
+    moved[:, :, to % slots] = store[:, :, come % slots]
+    return moved
+
+
 def step(
     dtype: torch.dtype,
     *,

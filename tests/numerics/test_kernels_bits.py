@@ -136,20 +136,50 @@ def test_sequence_alone_and_in_a_batch(dtype: torch.dtype) -> None:
         assert torch.equal(cpp("append_attention", **alone)[0], together[row]), row
 
 
-def test_path_of_a_tree_and_a_chain() -> None:
-    arguments = inputs.step(torch.bfloat16, tokens=7, lengths=[125], tree=True)
-    out = cpp("append_attention", **copy.deepcopy(arguments))
-    path = [0, 2, 5]  # a leaf's ancestors in breadth-first order
-    own = copy.deepcopy(arguments)
-    for name in ("q", "k", "v"):
-        own[name] = own[name][:, :, path]
-    own.update(
-        positions=own["positions"][:, path],
-        counts=torch.tensor([3]),
-        tree=torch.zeros(1, 0, dtype=torch.int64),
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [
+    dict(tokens=7, lengths=[125]),
+    dict(tokens=16, lengths=[120, 0, 256], counts=[16, 3, 9], heads=(9, 3)),
+    dict(tokens=63, lengths=[100], heads=(2, 1), dims=(16, 16)),
+    dict(tokens=33, lengths=[240], heads=(20, 1), dims=(20, 36), sinks=True),
+    dict(tokens=12, lengths=[130, 1000], slots=160, window=140),
+    dict(tokens=12, lengths=[259, 4], window=9, softcap=4.0),
+], ids=str)  # fmt: skip
+def test_path_of_a_tree_and_a_chain(dtype: torch.dtype, options: dict[str, Any], threads: None) -> None:
+    for count, depth_first in ((1, 0.6), (2, 0.9)):
+        torch.set_num_threads(count)
+        arguments = inputs.random_trees(inputs.step(dtype, **options), depth_first)
+        check_paths(arguments)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_paths_of_random_trees(data: st.DataObject) -> None:
+    draw = data.draw
+    tokens, shared = draw(st.integers(2, 24)), draw(st.integers(1, 5))
+    around = st.one_of(st.integers(100, 140), st.integers(250, 260))
+    lengths = draw(st.lists(around, min_size=1, max_size=2))
+    window = draw(st.sampled_from([0, 0, 7, 130]))
+    arguments = inputs.step(
+        draw(st.sampled_from(DTYPES)),
+        tokens=tokens,
+        lengths=lengths,
+        counts=[draw(st.integers(0, tokens)) for _ in lengths],
+        heads=(2 * shared, 2),
+        slots=window + tokens if window else 300,
+        window=window,
     )
-    # The leaf's keys lie in other slots than in the tree, so only the sums' order differs.
-    torch.testing.assert_close(cpp("append_attention", **own)[0, 2], out[0, 5], atol=2e-2, rtol=2**-7)
+    check_paths(inputs.random_trees(arguments, draw(st.sampled_from([0.0, 0.5, 0.9]))))
+
+
+def check_paths(arguments: dict[str, Any]) -> None:
+    """Every token of every tree gets the bits of the last token of its path as a chain."""
+    together = cpp("append_attention", **copy.deepcopy(arguments))
+    for row, t, path in inputs.paths(arguments):
+        alone = cpp("append_attention", **inputs.path_step(arguments, row, path))
+        assert torch.equal(alone[0, -1], together[row, t]), (row, t)
+    for row, count in enumerate(arguments["counts"].tolist()):
+        assert not together[row, count:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphwright.ir.ops import SEMANTIC_OPS
 from graphwright.kernels import registry
+from tests.numerics import inputs
 from tests.numerics.packed_inputs import Packing, packed_step
 
 REFERENCE = SEMANTIC_OPS["packed_attention"].overload
@@ -82,6 +83,7 @@ def test_every_codec(codec: str, dtype: torch.dtype) -> None:
     dict(tokens=8, lengths=[150, 20], counts=[8, 3], heads=(8, 1)),
     dict(tokens=4, lengths=[100, 130], counts=[4, 0], sinks=True),
     dict(tokens=7, lengths=[125, 0], tree=True),
+    dict(tokens=3, lengths=[0, 140], counts=[0, 3], tree=True),
     dict(tokens=63, lengths=[140], tree=True, heads=(2, 1)),
     dict(tokens=5, lengths=[140], dims=(80, 80), heads=(2, 2)),
     dict(tokens=5, lengths=[140], dims=(80, 48), heads=(4, 1)),
@@ -176,6 +178,23 @@ def test_token_alone_and_in_a_step(sides: str, options: dict[str, Any], dtype: t
     together = cpp(**arguments)
     for t in {0, 3, 7, options["tokens"] - 1}:
         assert torch.equal(cpp(**one_token(arguments, t))[:, 0], together[:, t]), t
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("options", [
+    dict(tokens=16, lengths=[120, 0, 256], counts=[16, 3, 9], heads=(9, 3)),
+    dict(tokens=40, lengths=[250, 102], heads=(3, 1), sinks=True),
+    dict(tokens=12, lengths=[700], slots=112, window=100),
+], ids=str)  # fmt: skip
+def test_path_of_a_tree_and_a_chain(sides: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    arguments = inputs.random_trees(packed_step(dtype, *SIDES[sides], **options))
+    together = cpp(**arguments)
+    for row, t, path in inputs.paths(arguments):
+        own = inputs.path_step(arguments, row, path)
+        for store in ("keys", "values"):
+            own[store][1] = inputs.move_path(own[store][1], own["lengths"], path)
+        assert torch.equal(cpp(**own)[0, -1], together[row, t]), (row, t)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,6 +9,7 @@ import torch
 
 from graphwright.ir.ops import SEMANTIC_OPS
 from graphwright.kernels import registry
+from tests.numerics import inputs
 from tests.numerics.prefix_inputs import PREFIXES, prefix_cases, prefix_step, unshared
 from tests.numerics.test_kernels import TOLERANCE, wide
 
@@ -70,6 +71,18 @@ def test_a_row_and_a_token_alone_and_in_company(dtype: torch.dtype, options: dic
         assert torch.equal(cpp(**rows(arguments, [row])), together[row : row + 1]), row
     for t in range(8):
         assert torch.equal(cpp(**one_token(arguments, t))[:, 0], together[:, t]), t
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_path_of_a_tree_and_a_chain(dtype: torch.dtype) -> None:
+    arguments = prefix_step(dtype, 200, tokens=12, lengths=[120, 3, 130], counts=[12, 9, 5], slots=160)
+    arguments = inputs.random_trees(arguments)
+    together = cpp(**arguments)
+    for row, t, path in inputs.paths(arguments):
+        own = inputs.path_step(arguments, row, path)
+        for store in ("keys", "values"):
+            own[store] = inputs.move_path(own[store], own["lengths"], path)
+        assert torch.equal(cpp(**own)[0, -1], together[row, t]), (row, t)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from graphwright.ir.ops import SEMANTIC_OPS
 from graphwright.kernels import registry
+from tests.numerics import inputs
 from tests.numerics import sparse_inputs as sparse
 from tests.numerics.inputs import after_append, step
 from tests.numerics.test_kernels import DTYPES, TOLERANCE
@@ -233,6 +234,34 @@ def test_listed_packed_attention_of_a_token_alone_and_in_a_step(
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         assert torch.equal(cpp("packed_attention", **arguments), together), count
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dense", [[0, 0], [0, 12], [5, 0]], ids=str)
+def test_a_path_of_a_tree_with_lists_and_a_chain(dense: list[int], dtype: torch.dtype) -> None:
+    arguments = after_append(step(dtype, tokens=12, lengths=[275, 120], heads=(9, 3)))
+    arguments = inputs.random_trees(sparse.with_lists(arguments, 3, dense=dense, first=4))
+    together = cpp("cache_attention", **arguments)
+    for row, t, path in inputs.paths(arguments):
+        own = inputs.path_step(arguments, row, path)
+        for store in ("keys", "values"):
+            own[store] = inputs.move_path(own[store], own["lengths"], path)
+        assert torch.equal(cpp("cache_attention", **own)[0, -1], together[row, t]), (row, t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("codecs", [sparse.PLAIN, TURNED], ids=("plain", "turned"))
+def test_a_path_of_a_tree_with_packed_lists_and_a_chain(codecs: tuple[str, str], dtype: torch.dtype) -> None:
+    arguments = sparse.listed_packed_step(
+        dtype, codecs, tokens=12, lengths=[460, 140], heads=(6, 2), first=4, dense=[3, 0]
+    )
+    arguments = inputs.random_trees(arguments)
+    together = cpp("packed_attention", **arguments)
+    for row, t, path in inputs.paths(arguments):
+        own = inputs.path_step(arguments, row, path)
+        for store in ("keys", "values"):
+            own[store][1] = inputs.move_path(own[store][1], own["lengths"], path)
+        assert torch.equal(cpp("packed_attention", **own)[0, -1], together[row, t]), (row, t)
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // Attention of a step's tokens over a cache in full precision, and the append to the cache.
-#include "attention_driver.h"
+#include "attention_tree.h"
 
 namespace gw {
 namespace {
@@ -23,7 +23,7 @@ struct PlainCache {
   void stage(Engine& engine, Workspace&, const Sequence& seq, int64_t group, const Segment&, int64_t chunk) const {
     const Store<T> keys{a.keys + seq.row * a.k_batch + group * a.k_group, a.k_slot, a.slots, seq.first_held, seq.total};
     const Store<T> values{a.values + seq.row * a.v_batch + group * a.v_group, a.v_slot, a.slots, seq.first_held, seq.total};
-    engine.stage(keys, values, chunk);
+    gw::stage(engine, seq, keys, values, chunk);
   }
   void gather(Workspace&, int64_t, int, const Partial&, const Partial&) const {}
 };

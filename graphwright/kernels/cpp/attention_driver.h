@@ -135,14 +135,16 @@ void compute(const AttentionArgs<T>& a, const Item<T>& item, int t, const Piece&
 }
 
 // A cache may begin a tile with a result that it has already, and keep a tile's result instead of writing it out.
-template <class T, class Cache>
-void begin_tile(const Cache& cache, const Item<T>& item, int t, const Partial& state) {
-  if constexpr (requires { cache.begin(item.seq, item.tile[t], state); }) cache.begin(item.seq, item.tile[t], state);
+// `state` is the first of the tile's states, which follow each other.
+template <class Cache>
+void begin_tile(const Cache& cache, const Sequence& seq, const RowTile& tile, const Partial& state) {
+  if constexpr (requires { cache.begin(seq, tile, state); }) cache.begin(seq, tile, state);
 }
 template <class T, class Cache>
-void finish_tile(const AttentionArgs<T>& a, const Cache& cache, const Item<T>& item, int t, const Partial& state) {
-  if constexpr (requires { cache.finish(item.seq, item.tile[t], state); }) cache.finish(item.seq, item.tile[t], state);
-  else finish(a, item.seq, item.tile[t], state);
+void finish_tile(const AttentionArgs<T>& a, const Cache& cache, const Sequence& seq, const RowTile& tile,
+                 const Partial& state) {
+  if constexpr (requires { cache.finish(seq, tile, state); }) cache.finish(seq, tile, state);
+  else finish(a, seq, tile, state);
 }
 
 // Enough rows for all threads: each task goes through its pieces in order.
@@ -164,7 +166,7 @@ void run_by_rows(const AttentionArgs<T>& a, const Cache& cache, const Items& ite
       items.fill(item, cache, index);
       load_queries(a, cache, work, item, engine);
       for (int i = 0; i < item.tiles * states; ++i) clear({base + size * i, width});
-      for (int t = 0; t < item.tiles; ++t) begin_tile(cache, item, t, state(t, 0));
+      for (int t = 0; t < item.tiles; ++t) begin_tile(cache, item.seq, item.tile[t], state(t, 0));
       for (int64_t number = 0; number < item.pieces; ++number) {
         const Piece piece(item, number);
         cache.stage(engine, work, item.seq, item.group, piece.segment, piece.chunk);
@@ -176,7 +178,7 @@ void run_by_rows(const AttentionArgs<T>& a, const Cache& cache, const Items& ite
       }
       for (int t = 0; t < item.tiles; ++t) {
         cache.gather(work, item.group, item.tile[t].count, state(t, 0), state(t, states - 1));
-        finish_tile(a, cache, item, t, state(t, 0));
+        finish_tile(a, cache, item.seq, item.tile[t], state(t, 0));
       }
     }
   }
@@ -200,7 +202,7 @@ void run_by_chunks(const AttentionArgs<T>& a, const Cache& cache, const Items& a
     for (int t = 0; t < items[i].tiles; ++t) {
       float* state = base + (i * GROUP_TILES + t) * states * size;
       for (int s = 0; s < states; ++s) clear({state + s * size, width});
-      begin_tile(cache, items[i], t, {state, width});
+      begin_tile(cache, items[i].seq, items[i].tile[t], {state, width});
     }
   const int64_t wave = std::max<int64_t>(1, std::min(WAVE, pieces));
   float* parts = part_memory.get<float>(count * wave * GROUP_TILES * size);
@@ -239,7 +241,7 @@ void run_by_chunks(const AttentionArgs<T>& a, const Cache& cache, const Items& a
         }
         if (start + wave < pieces) continue;
         cache.gather(work, item.group, item.tile[t].count, state(0), state(states - 1));
-        finish_tile(a, cache, item, t, state(0));
+        finish_tile(a, cache, item.seq, item.tile[t], state(0));
       }
     }
   }
@@ -263,10 +265,6 @@ void attend(const AttentionArgs<T>& a, const Cache& cache, const Items& items) {
   if constexpr (std::is_same_v<T, bf16>) return run<T, Cache, PairEngine>(a, cache, items);
 #endif
   run<T, Cache, FloatEngine<T>>(a, cache, items);
-}
-template <class T, class Cache>
-void attend(const AttentionArgs<T>& a, const Cache& cache) {
-  attend(a, cache, Rows<T>(a));
 }
 
 }  // namespace gw

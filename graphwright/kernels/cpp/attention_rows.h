@@ -2,13 +2,14 @@
 //
 // Keys are numbered by token, not by slot, and cut into chunks at multiples of CHUNK. A row's chunk has one
 // partial result (maximum, sum, weighted values), and partials are merged in the order of the chunks. Nothing
-// of this depends on the other rows, on the threads or on where a ring has put a token.
+// of this depends on the other rows, on the threads or on where a ring or a tree has put a token.
 #pragma once
 #include <algorithm>
 #include <limits>
 
 #include "kernels.h"
 #include "token_order.h"
+#include "tree_path.h"
 
 namespace gw {
 
@@ -24,10 +25,18 @@ struct Sequence {
   int64_t row, length, total, first_held;  // tokens before the step, after it, and the oldest in the cache
   bool plain;                              // a chain whose visibility is one range of token numbers
   const TokenOrder* order = nullptr;       // if any: what is read; all "numbers" are then places in it
-  // The end of what token t of a chain sees.
-  int64_t after(int64_t t) const { return order ? order->after(t) : length + t + 1; }
+  const TreePath* path = nullptr;          // if any: numbers from `length` on are places on it, queries are its own
+  // The token of query i, and the end of what it sees of a chain.
+  int64_t token(int64_t i) const { return path ? path->query[i] : i; }
+  int64_t after(int64_t i) const {
+    if (path) return length + path->seen[i];
+    return order ? order->after(i) : length + i + 1;
+  }
   // Which token of the step a number from `length` on is.
-  int64_t column(int64_t number) const { return order ? order->column(number) : number - length; }
+  int64_t column(int64_t number) const {
+    if (path) return path->column[number - length];
+    return order ? order->column(number) : number - length;
+  }
 };
 
 template <class T>
@@ -60,14 +69,14 @@ RowTile tile_of(const AttentionArgs<T>& a, const Sequence& seq, int64_t group, i
   for (int64_t r = from; r < std::min(to, from + TILE); ++r) {
     QueryRow& row = out.rows[out.count++];
     row.head = group * shared + r % shared;
-    row.token = r / shared;
+    row.token = seq.token(r / shared);
     row.position = a.positions[seq.row * a.tokens + row.token];
     if (row.token >= a.counts[seq.row]) {
       row.lo = row.hi = 0;
       continue;
     }
     row.lo = a.window ? std::max(seq.first_held, row.position - a.window + 1) : seq.first_held;
-    row.hi = seq.plain ? seq.after(row.token) : seq.total;
+    row.hi = seq.plain ? seq.after(r / shared) : seq.total;
     out.lo = std::min(out.lo, row.lo);
     out.hi = std::max(out.hi, row.hi);
   }
@@ -99,6 +108,8 @@ struct Partial {
   float* sum() const { return data + TILE; }
   float* weighted(int64_t row = 0) const { return data + 2 * TILE + row * width; }
   static int64_t size(int64_t width) { return TILE * (width + 2); }
+  // The one that lies `count` after this one.
+  Partial following(int64_t count) const { return {data + count * size(width), width}; }
 };
 
 inline void clear(const Partial& p) {
@@ -193,5 +204,26 @@ struct Store {
     return slot + 16 <= slots ? base + slot * stride : nullptr;
   }
 };
+
+// ... by place in a sequence with a path.
+template <class T>
+struct PathStore {
+  const Store<T>& store;
+  const TreePath& path;
+  int64_t length, stride = store.stride;
+  const T* at(int64_t place) const {
+    if (place < length || place >= store.total) return store.at(place);
+    return store.base + (length + path.column[place - length]) % store.slots * stride;
+  }
+  const T* run(int64_t place) const { return place + 16 <= length ? store.run(place) : nullptr; }
+};
+
+// The keys and values of a chunk before an engine.
+template <class T, class Engine>
+void stage(Engine& engine, const Sequence& seq, const Store<T>& keys, const Store<T>& values, int64_t chunk) {
+  if (!seq.path) return engine.stage(keys, values, chunk);
+  const int64_t length = seq.length;
+  engine.stage(PathStore<T>{keys, *seq.path, length}, PathStore<T>{values, *seq.path, length}, chunk);
+}
 
 }  // namespace gw

@@ -98,8 +98,8 @@ struct PackedCache {
       return engine.stage(listed_rows(a.keys, work.keys, seq, group, segment, chunk),
                           listed_rows(a.values, work.values, seq, group, segment, chunk), chunk);
     }
-    engine.stage(rows(a.keys, work.keys, segment.keys, seq, group, segment, chunk),
-                 rows(a.values, work.values, segment.values, seq, group, segment, chunk), chunk);
+    gw::stage(engine, seq, rows(a.keys, work.keys, segment.keys, seq, group, segment, chunk),
+              rows(a.values, work.values, segment.values, seq, group, segment, chunk), chunk);
   }
 
   // The pages' share of a tile's rows is turned back and joins the rest.

@@ -4,36 +4,13 @@
 // all of them. Partial results stay in float32; each row's own tokens are merged into them, chunk by chunk.
 //
 // Source: Juravsky et al. 2024, "Hydragen: High-Throughput LLM Inference with Shared Prefixes", section 3.
-#include "attention_driver.h"
+#include "attention_tree.h"
 #include "prefix_attention.h"
 
 namespace gw {
 namespace {
 
 constexpr int64_t ROWS = 1024;  // query tokens whose partial results are kept at one time
-
-// Partial results of query rows, (token, head) by (token, head).
-struct Partials {
-  int64_t heads, width;
-  float *weighted, *max, *sum;
-  Partials(Scratch& memory, int64_t tokens, int64_t heads, int64_t width) : heads(heads), width(width) {
-    weighted = memory.get<float>(tokens * heads * (width + 2));
-    max = weighted + tokens * heads * width;
-    sum = max + tokens * heads;
-  }
-  void keep(int64_t token, int64_t head, const Partial& from, int i) const {
-    const int64_t at = token * heads + head;
-    std::copy_n(from.weighted(i), width, weighted + at * width);
-    max[at] = from.max()[i];
-    sum[at] = from.sum()[i];
-  }
-  void give(int64_t token, int64_t head, const Partial& to, int i) const {
-    const int64_t at = token * heads + head;
-    std::copy_n(weighted + at * width, width, to.weighted(i));
-    to.max()[i] = max[at];
-    to.sum()[i] = sum[at];
-  }
-};
 
 struct NoWorkspace {
   template <class Cache>
@@ -84,8 +61,8 @@ struct OwnTokens {
   void stage(Engine& engine, Workspace&, const Sequence& seq, int64_t group, const Segment&, int64_t chunk) const {
     const T* keys = a.keys + seq.row * a.k_batch + group * a.k_group;
     const T* values = a.values + seq.row * a.v_batch + group * a.v_group;
-    engine.stage(Store<T>{keys, a.k_slot, a.slots, seq.first_held, seq.total},
-                 Store<T>{values, a.v_slot, a.slots, seq.first_held, seq.total}, chunk);
+    gw::stage(engine, seq, Store<T>{keys, a.k_slot, a.slots, seq.first_held, seq.total},
+              Store<T>{values, a.v_slot, a.slots, seq.first_held, seq.total}, chunk);
   }
   void gather(Workspace&, int64_t, int, const Partial&, const Partial&) const {}
   void begin(const Sequence& seq, const RowTile& tile, const Partial& state) const {

@@ -42,8 +42,8 @@ struct ListedCache {
     const T* keys = a.keys + seq.row * a.k_batch + group * a.k_group;
     const T* values = a.values + seq.row * a.v_batch + group * a.v_group;
     if (!seq.order) {
-      return engine.stage(Store<T>{keys, a.k_slot, a.slots, seq.first_held, seq.total},
-                          Store<T>{values, a.v_slot, a.slots, seq.first_held, seq.total}, chunk);
+      return gw::stage(engine, seq, Store<T>{keys, a.k_slot, a.slots, seq.first_held, seq.total},
+                       Store<T>{values, a.v_slot, a.slots, seq.first_held, seq.total}, chunk);
     }
     const ListedStore<T> k{keys, a.k_slot, *seq.order, seq.first_held, seq.total};
     const ListedStore<T> v{values, a.v_slot, *seq.order, seq.first_held, seq.total};

@@ -1,42 +1,29 @@
 // The items of a step whose queries read lists of pages, for any cache.
 //
 // Each query has a list of its own and is an item of its own, all heads of the group. Queries of a sequence that
-// follow each other and read the same are items together; those that read everything have no order.
+// follow each other and read the same are items together, in a tree those of a path; those that read everything have
+// no order.
 #pragma once
 #include <vector>
 
-#include "attention_driver.h"
+#include "attention_tree.h"
 
 namespace gw {
 
 template <class T>
 class ListedItems {
  public:
-  ListedItems(const AttentionArgs<T>& a, const PageLists& lists) : a_(a) {
-    const int64_t shared = a.heads / a.groups;
-    for (int64_t b = 0; b < a.batch; ++b)
-      for (int64_t g = 0; g < a.groups; ++g)
-        for (int64_t t = 0, next; t < a.tokens; t = next) {
-          const int64_t query = (b * a.tokens + t) * a.groups + g;
-          const bool listed = !everything(lists, b, t, g);
-          const int32_t* pages = lists.pages + query * lists.capacity;
-          Part part{b, g, 0, 0, listed, {}};
-          if (listed)
-            part.order = TokenOrder::of(pages, lists.chosen[query], lists.page, lists.first, a.lengths[b],
-                                        a.lengths[b] + a.counts[b]);
-          const auto same = [&](int64_t other) {
-            if (everything(lists, b, other, g)) return !listed;
-            const int64_t skip = (other - t) * a.groups;
-            const int64_t count = lists.chosen[query + skip];
-            return listed && count == lists.chosen[query] && std::equal(pages, pages + count, pages + skip * lists.capacity);
-          };
-          for (next = t + 1; next < a.tokens && same(next);) ++next;
-          for (int64_t from = t * shared; from < next * shared; from += ITEM_ROWS) {
-            part.from = from, part.to = std::min(next * shared, from + ITEM_ROWS);
-            parts_.push_back(part);
-          }
-          any_ |= listed;
-        }
+  ListedItems(const AttentionArgs<T>& a, const PageLists& lists) : a_(a), lists_(lists) {
+    const bool tree = has_paths(a);
+    for (int64_t b = 0; b < a.batch; ++b) {
+      std::vector<TreePath> paths;
+      if (tree) add_paths(a, b, paths);
+      for (int64_t g = 0; g < a.groups; ++g) {
+        if (!tree) add(b, g, nullptr);
+        for (const TreePath& path : paths) add(b, g, &path);
+      }
+      paths_.push_back(std::move(paths));  // its elements stay where they are
+    }
   }
   // Does any query read a list?
   bool any() const { return any_; }
@@ -49,21 +36,56 @@ class ListedItems {
       const TokenOrder& o = part.order;
       seq = {part.row, o.place(o.length), o.place(o.total), o.shift(), seq.plain, &o};
     }
+    if (part.path) seq = along(a_, seq, *part.path);
     item.fill(a_, cache, seq, part.group, part.from, part.to);
   }
 
  private:
   struct Part {
-    int64_t row, group, from, to;  // query rows [from, to) of the sequence and group
+    int64_t row, group, from, to;  // query rows [from, to) of the sequence (or path) and group
+    const TreePath* path;
     bool listed;
     TokenOrder order;
   };
+  // The queries of a row, or of one path of its tree.
+  void add(int64_t b, int64_t g, const TreePath* path) {
+    const int64_t shared = a_.heads / a_.groups, queries = path ? path->queries : a_.tokens;
+    const auto token = [=](int64_t i) { return path ? int64_t(path->query[i]) : i; };
+    for (int64_t i = 0, next; i < queries; i = next) {
+      const int64_t t = token(i);
+      for (next = i + 1; next < queries && same(b, g, t, token(next));) ++next;
+      Part part{b, g, 0, 0, path, !everything(b, g, t), {}};
+      if (part.listed) {
+        part.order = TokenOrder::of(pages(b, g, t), lists_.chosen[query(b, g, t)], lists_.page, lists_.first,
+                                    a_.lengths[b], a_.lengths[b] + a_.counts[b]);
+        part.order.path = path;
+      }
+      for (int64_t from = i * shared; from < next * shared; from += ITEM_ROWS) {
+        part.from = from, part.to = std::min(next * shared, from + ITEM_ROWS);
+        parts_.push_back(part);
+      }
+      any_ |= part.listed;
+    }
+  }
+  int64_t query(int64_t b, int64_t g, int64_t t) const { return (b * a_.tokens + t) * a_.groups + g; }
+  const int32_t* pages(int64_t b, int64_t g, int64_t t) const {
+    return lists_.pages + query(b, g, t) * lists_.capacity;
+  }
   // Padding reads nothing, however it is told to.
-  bool everything(const PageLists& lists, int64_t b, int64_t t, int64_t g) const {
-    return t >= a_.counts[b] || lists.chosen[(b * a_.tokens + t) * a_.groups + g] < 0;
+  bool everything(int64_t b, int64_t g, int64_t t) const {
+    return t >= a_.counts[b] || lists_.chosen[query(b, g, t)] < 0;
+  }
+  // Do two tokens read the same?
+  bool same(int64_t b, int64_t g, int64_t one, int64_t other) const {
+    if (everything(b, g, one) || everything(b, g, other)) return everything(b, g, one) && everything(b, g, other);
+    const int64_t count = lists_.chosen[query(b, g, one)];
+    return count == lists_.chosen[query(b, g, other)] &&
+           std::equal(pages(b, g, one), pages(b, g, one) + count, pages(b, g, other));
   }
 
   const AttentionArgs<T>& a_;
+  const PageLists& lists_;
+  std::vector<std::vector<TreePath>> paths_;  // of each row
   std::vector<Part> parts_;
   bool any_ = false;
 };
