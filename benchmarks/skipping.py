@@ -71,6 +71,8 @@ RULES = (
     Rule("angular, mlp", "skip_layers{order=angular,part=mlp,count=?}", COUNTS),
     Rule("trim, attention", "skip_layers{order=trim,part=attention,count=?}", COUNTS),
     Rule("window", "slide_attention{window=?}", WINDOWS),
+    Rule("position", "decay_depth{alpha=?}", (0.9999, 0.9995, 0.999)),
+    Rule("confidence", "exit_early{layer=25,threshold=?}", (0.9, 0.7, 0.5)),
 )
 
 

@@ -214,8 +214,8 @@ def optimize(
     model: Any, tokenizer: Any, options: argparse.Namespace, spare: list[Conversation], batch: int
 ) -> Any:
     """The planner's program for this workload, calibrated on prompts that are not measured."""
-    helper = Sides(None, tokenizer, options.new_tokens)
-    prompts = [helper.prompt(one.turns[:1]) for one in spare]
+    sides = Sides(None, tokenizer, options.new_tokens)
+    prompts = [sides.prompt(one.turns[:1]) for one in spare]
     mean = sum(map(len, prompts)) // len(prompts)
     workload = gw.Workload(batch=batch, prompt=mean, generate=options.new_tokens)
     return gw.optimize(model, target="cpu", workload=workload, calibration=prompts)

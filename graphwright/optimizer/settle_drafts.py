@@ -98,7 +98,9 @@ def settle_drafts(
     if chosen is not None:
         settled.times[settled.built.planned.plan.passes] = race.of(chosen)
         if not (race.pays and same_drafts(chosen, race.best)):
-            settled.decisions.append(_undone(chosen, race))
+            settled.decisions.append(_declined(chosen, race, Status.UNDONE))
+    elif not race.pays:
+        settled.decisions.append(_declined(race.best, race, Status.UNPROFITABLE))
     if race.pays:
         settled.decisions.append(_applied(race, bool(prompts)))
         shape = race.best.step_shape()
@@ -224,10 +226,10 @@ def _is_about(decision: Decision, drafts: Speculate | None) -> bool:
     return isinstance(found, Speculate) and same_drafts(found, drafts)
 
 
-def _undone(chosen: Speculate, race: _Race) -> Decision:
-    """Why the planner's drafts did not stay."""
-    took = race.of(chosen)
-    shape = next((p.step_shape() for p in race.seconds if same_drafts(p, chosen)), chosen.step_shape())
+def _declined(drafts: Speculate, race: _Race, status: Status) -> Decision:
+    """Why these drafts did not stay, or did not come."""
+    took = race.of(drafts)
+    shape = next((p.step_shape() for p in race.seconds if same_drafts(p, drafts)), drafts.step_shape())
     if race.pays:
         against = f"{duration(race.per_token)} with {race.best}"
     else:
@@ -242,9 +244,7 @@ def _undone(chosen: Speculate, race: _Race) -> Decision:
             "if verifying costs no more than a plain step"
         )
     lost = {"seconds_per_token": took - (race.per_token if race.pays else race.plain)}
-    return Decision(
-        str(chosen), "", Status.UNDONE, f"measured: {found}, {against}", None, lost, chosen.fidelity
-    )
+    return Decision(str(drafts), "", status, f"measured: {found}, {against}", None, lost, drafts.fidelity)
 
 
 def _applied(race: _Race, on_prompts: bool) -> Decision:
