@@ -26,8 +26,8 @@ from tests.e2e.packed_programs import (
     windowed_model,
 )
 
-# The first row is longer than the pages of a sliding window's ring. None has 64 tokens or fewer: without AMX, linears
-# over so few rows are another kernel's, and their last bits decide which code a value gets.
+# The first row is longer than the pages of a sliding window's ring. None has 64 tokens or fewer: linears over
+# so few rows are another kernel's, and their last bits decide which code a value gets.
 LENGTHS = (200, 90, 70)
 # Prompts that are run in one step of at most 64 rows: without AMX, linears over more go to the library.
 FEW_ROWS = (32, 25)

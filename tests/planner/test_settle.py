@@ -217,7 +217,8 @@ def test_what_is_undone_is_neither_planned_nor_saved(
     lower = build.lower
 
     def pretend(graph: Any, device: torch.device, options: LoweringOptions, **shared: Any) -> Any:
-        return replace(lower(graph, device, LoweringOptions(compile=False), **shared), compiled=options.compile)
+        step = lower(graph, device, LoweringOptions(compile=False), **shared)
+        return replace(step, compiled=options.compile)
 
     monkeypatch.setattr(build, "lower", pretend)
     built: list[bool] = []
