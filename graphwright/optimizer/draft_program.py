@@ -6,6 +6,7 @@ which is priced, and lowered beside the target's (:mod:`graphwright.optimizer.bu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from graphwright.cost_model.graph_cost import graph_cost
@@ -16,9 +17,10 @@ from graphwright.cost_model.workload import Workload
 from graphwright.ir.errors import PassError
 from graphwright.ir.graph import Graph
 from graphwright.optimizer.quantities import quantity
-from graphwright.optimizer.report import Decision
+from graphwright.optimizer.report import Decision, Status
 from graphwright.passes.base import Site, SiteRecord, parse_pass
 from graphwright.passes.speculate import Speculate
+from graphwright.runtime.lowering.kernels import KernelUse
 from graphwright.runtime.speculation import Drafter, Speculation, make_speculation, parse_drafter
 
 _WHERE = "speculate"
@@ -56,6 +58,25 @@ def speculation_of(graph: Graph) -> Speculation | None:
     """The drafter that the plan put into the graph's annotations."""
     chosen = graph.annotations.get("speculation")
     return None if chosen is None else make_speculation(chosen)
+
+
+#: Implementations of attention that give a token of a tree the bits of its path as a chain.
+_EXACT_IN_TREES = "cpp"
+
+
+def rounded_trees(graph: Graph, kernels: Sequence[KernelUse]) -> Decision | None:
+    """What a caller must know of trees where attention adds up a path in another order than in a chain."""
+    speculation = speculation_of(graph)
+    others = {
+        use.provider for use in kernels if use.op.endswith("_attention") and use.provider != _EXACT_IN_TREES
+    }
+    if speculation is None or not speculation.makes_trees or not others:
+        return None
+    reason = (
+        f"attention runs in {' and '.join(sorted(others))}, where sums follow the places of a tree's tokens: "
+        "in half precision a near-tie may fall otherwise than without drafts; chains change nothing"
+    )
+    return Decision(_WHERE, "", Status.FALLBACK, reason, None, None, "reordered")
 
 
 def draft_graph(

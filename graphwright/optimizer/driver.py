@@ -20,6 +20,7 @@ from graphwright.optimizer.calibration import machine_target
 from graphwright.optimizer.compiled_kernels import CompiledKernels, compile_kernels
 from graphwright.optimizer.describe import chosen_plan, describe
 from graphwright.optimizer.draft_models import check_draft_models, ready_speculation
+from graphwright.optimizer.draft_program import rounded_trees
 from graphwright.optimizer.drafting import measured_drafts
 from graphwright.optimizer.graph_cache import cached_capture
 from graphwright.optimizer.loss import Losses
@@ -270,6 +271,9 @@ def _notes(job: Job, settled: Settled, measured: Mapping[str, Any]) -> list[Deci
     if graphs_off is not None:
         reason = f"steps are not recorded as graphs: {graphs_off}"
         found.append(Decision("graphs", "", Status.FALLBACK, reason, None, None, "exact"))
+    trees = rounded_trees(settled.built.graph, settled.built.program.lowered.kernels)
+    if trees is not None:
+        found.append(trees)
     if "stock" not in measured:
         reason = "the library's bfloat16 products crash on this machine, so stock was not timed"
         return [*found, Decision("check", "", Status.FALLBACK, reason, None, None, "exact")]

@@ -129,3 +129,17 @@ def test_greedy_tokens_are_the_same(setup: Setup, drafter: str, tree: str) -> No
     stop = {"eos_token_id": want[-1][7], "pad_token_id": 0}
     alone = setup.generate(fast, setup.rows[-1:], **stop)
     assert alone[0] == want[-1][: want[-1].index(want[-1][7]) + 1]
+
+
+def test_trees_over_attention_that_rounds_otherwise_are_reported(setup: Setup) -> None:
+    """The packed target of ``quantspec`` attends by the reference body."""
+    cache = ["place_cache", CACHES["quantspec"]]
+    for drafter, tree, noted in (
+        ("suffix", "greedy", True),
+        ("suffix", "chain", False),
+        ("lookahead", "chain", True),
+    ):
+        speculate = f"speculate{{drafter={drafter},tree={tree}}}"
+        fast = gw.optimize(setup.model, "cpu", passes=[*cache, speculate])
+        notes = [d.reason for d in fast.report.decisions if d.status.value == "fallback"]
+        assert any("near-tie" in note for note in notes) is noted

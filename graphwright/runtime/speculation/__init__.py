@@ -83,6 +83,11 @@ class Speculation:
                 hint="use verifier=recursive, or a tree of fixed shape",
             )
 
+    @property
+    def makes_trees(self) -> bool:
+        """Whether drafts may be trees."""
+        return self.drafter.makes_trees or not isinstance(self.tree, Chain)
+
     def propose(self, rows: Sequence[int], budget: Sequence[int]) -> list[Draft]:
         """A draft of at most ``budget[i]`` tokens for each of ``rows``."""
         if not isinstance(self.drafter, PathDrafter):

@@ -84,6 +84,8 @@ class Drafter(Part, ABC):
     wants_logits: ClassVar[bool] = False
     #: Ask the program for its residual stream, see :attr:`Outcome.hidden`.
     wants_hidden: ClassVar[bool] = False
+    #: Proposes trees of its own.
+    makes_trees: ClassVar[bool] = False
     #: How the planner tries it: options of ``speculate`` beside the drafter. By default not at all.
     proposals: ClassVar[Sequence[Mapping[str, Any]]] = ()
 

@@ -165,6 +165,11 @@ class ProgramDrafter(PathDrafter):
         self._between = True
         self._retreat()
 
+    def release(self) -> None:
+        """Let go of the target's cache and of what reads it."""
+        self._generation = Generation(())
+        vars(self).pop("_session", None)  # there is none where the generation failed to begin
+
     # --- steps -----------------------------------------------------------------------------------
 
     def _laws(self, asked: Sequence[Ask]) -> torch.Tensor:

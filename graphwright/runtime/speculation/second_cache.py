@@ -47,7 +47,7 @@ class SecondCacheDrafter(ProgramDrafter):
         if self._own is not None:
             self._own.close()
             self._own = None
-        self._generation = Generation(())  # the last one held the target's cache
+        super().release()
 
     def _follow(
         self,

@@ -132,6 +132,7 @@ class LookaheadDrafter(Drafter):
     """
 
     wants_logits: ClassVar[bool] = True
+    makes_trees: ClassVar[bool] = True
 
     window: int = 4
     ngram: int = 4
