@@ -251,13 +251,15 @@ def test_a_real_cache_does_as_the_reference(llama: Any, make_fast: Any, tree: Tr
     rows = [torch.randint(3, VOCAB, (length,)).tolist() for length in (150, 120, 97)]
     inputs = padded(rows, "left")
     want, drafts = llama.generate(**inputs, max_new_tokens=16), []
+    program = make_fast(llama).program
+    before = program.cache_bytes()  # others may hold caches of a program that tests share
     for fast in (make_fast(llama), fast_of(llama, None)):
         fast.speculation = Speculation(RetrievedDrafter(context=80), FixedLength(6), tree=tree)
         assert torch.equal(fast.generate(**inputs, max_new_tokens=16), want)
         stats = fast.stats()["last"]
         drafts.append([stats[key] for key in ("cycles", "accepted", "draft_tokens")])
     assert drafts[0] == drafts[1] and drafts[0][1] < drafts[0][2]
-    assert make_fast(llama).program.cache_bytes() == 0  # neither cache outlives the call
+    assert program.cache_bytes() <= before  # neither cache outlives the call
 
 
 @pytest.mark.parametrize("kind", ["windowed", "packed"])
