@@ -53,7 +53,7 @@ __all__ = [
     "store",
 ]
 
-_VERSION = 3
+_VERSION = 4
 _ASSUMED_CACHE = 32 * MIB
 _DTYPES = (torch.float32, torch.bfloat16)
 
