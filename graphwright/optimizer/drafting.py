@@ -18,6 +18,7 @@ from graphwright.runtime.program import Program
 from graphwright.runtime.speculation import make_speculation
 from graphwright.runtime.speculation.acceptance import Likeliest, Text, measure_drafts
 from graphwright.runtime.speculation.drafter import drafter_classes
+from graphwright.runtime.speculation.rules.length_rule import RULES
 
 #: Tokens that the program writes after each prompt at most, to see what drafts would have been accepted.
 CONTINUATION = 384
@@ -47,7 +48,7 @@ def proposed_drafts(costs: Mapping[int, float] | None = None) -> list[Speculate]
 
 def weighs_costs(chosen: Speculate) -> bool:
     """Whether the length rule wants to know what steps take."""
-    return chosen.rule.partition("(")[0] == "goodput"
+    return RULES.parse(chosen.rule).weighs_costs
 
 
 def with_costs(chosen: Speculate, costs: Mapping[int, float]) -> Speculate:
@@ -55,7 +56,7 @@ def with_costs(chosen: Speculate, costs: Mapping[int, float]) -> Speculate:
     if not weighs_costs(chosen):
         return chosen
     spelled = "+".join(f"{tokens}:{cost:.3g}" for tokens, cost in sorted(costs.items()))
-    return replace(chosen, rule=f"goodput(costs={spelled})")
+    return replace(chosen, rule=f"{chosen.rule.partition('(')[0]}(costs={spelled})")
 
 
 def measured_drafts(

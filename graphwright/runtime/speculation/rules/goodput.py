@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import ClassVar
 
 from graphwright.cost_model.speculation import best_drafts, expected_tokens
 from graphwright.ir.errors import InputError
@@ -64,6 +65,8 @@ class Goodput(LengthRule):
     Source: Liu et al. 2024, "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput"
     (SmartSpec).
     """
+
+    weighs_costs: ClassVar[bool] = True
 
     costs: str = "1:1.0+2:1.25+4:1.45+8:1.9+16:2.5+32:3.7"
     start: float = 0.6

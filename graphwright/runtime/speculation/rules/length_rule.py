@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from graphwright.runtime.speculation.parts import Part, Registry
 
@@ -15,6 +15,9 @@ class LengthRule(Part, ABC):
     A rule may use anything known before the step. It never looks at the tokens that the target will
     choose, so the output's distribution does not depend on it. A dataclass; its fields are its options.
     """
+
+    #: Has an option ``costs``: what a step takes by its tokens, relative to a plain one, ``1:1.0+4:1.45``.
+    weighs_costs: ClassVar[bool] = False
 
     @abstractmethod
     def begin(self, rows: int) -> None:
